@@ -1,0 +1,229 @@
+"""A run is one typed tree: a YAML recipe plus dotted overrides, checked whole before anything is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """The recipe or an override cannot work; the message is one sentence that says what and how to mend it."""
+
+
+def option(default: Any, text: str) -> Any:
+    """A documented field; `text` is what `--help` prints."""
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**factory, metadata={"help": text})  # type: ignore[call-overload]
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the Transformer. `size` names one of model/sizes.py; fields given here override it."""
+
+    size: str | None = option(None, "named size: tiny, 125m, 400m, 1b, 3b, 7b (or give every field below)")
+    num_layers: int | None = option(None, "Transformer layers (attention and MLP)")
+    hidden_size: int | None = option(None, "width of the residual stream")
+    num_attention_heads: int | None = option(None, "query heads")
+    num_query_groups: int | None = option(None, "key/value heads; query heads are a multiple of them")
+    kv_channels: int | None = option(None, "dimension of a head")
+    ffn_hidden_size: int | None = option(None, "inner width of the SwiGLU MLP")
+    share_embeddings_and_output_weights: bool = option(False, "tie the output layer to the embedding")
+    qk_layernorm: bool = option(False, "RMSNorm on queries and keys of each head (the memory holds normed keys)")
+    rotary_base: float = option(10000.0, "base of the rotary frequencies; positions count inside a block")
+    layernorm_epsilon: float = option(1e-5, "epsilon of every RMSNorm")
+    init_method_std: float = option(0.02, "standard deviation of initial weights; output projections / sqrt(2 layers)")
+    hidden_dropout: float = option(0.0, "dropout on the residual branches")
+    make_vocab_size_divisible_by: int = option(
+        128, "the vocabulary is padded to a multiple of this, whatever the layout"
+    )
+
+
+@dataclass
+class MemoryConfig:
+    """The recurrent memory. It has no parameters: order, slots and sampler may change at test time."""
+
+    kind: str = option("elastic", "elastic (HiPPO memory), or block_local (no memory)")
+    block_length: int = option(2048, "tokens per block, L")
+    order: int = option(540, "polynomial coefficients kept per head and channel, N")
+    slots: int = option(512, "moments read back per block, S")
+    sampler: str = option("uniform", "moments read back: uniform, exponential (dense near the present), window, points")
+    sampler_a: float = option(3.0, "exponential: steepness, > 0")
+    sampler_lo: float = option(0.0, "window: where it begins, in (0, 1) of the history")
+    sampler_hi: float = option(1.0, "window: where it ends")
+    sampler_points: list[float] = option([], "points: the moments themselves, in (0, 1)")
+    layers: str = option("all", "layers with memory: all, none, or numbers from 0 and ranges such as 0,4-7")
+    detach_memory: bool = option(False, "cut the gradient through the memory")
+    discretization: str = option("exact", "exact, zero_order_hold, bilinear, forward_euler, backward_euler")
+    superchunk: int = option(0, "blocks computed at once, 0: chosen by cost; never changes the result")
+    bank_dtype: str = option("compute", "dtype of the memory's matrices: compute (that of the activations), fp32")
+    bank_cache: str = option("~/.cache/em_megatron/banks", "folder that keeps the matrices between runs; empty: none")
+
+
+@dataclass
+class DataConfig:
+    """Token shards written by `python -m tokenizer.encode`."""
+
+    path: str = option(MISSING, "folder with manifest.json, tokenizer.model and shards")
+    sequence_length: int = option(32768, "tokens per sample, T; a multiple of memory.block_length")
+    prefetch: int = option(4, "micro-batches prepared ahead by a background thread; 0: none")
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over ranks; the data-parallel size is what remains of the world."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share every layer, heads and memory state split")
+    pipeline_model_parallel_size: int = option(1, "ranks that hold successive layers")
+    sequence_parallel: bool = option(False, "split norms and dropout along the sequence over the tensor ranks")
+    use_distributed_optimizer: bool = option(False, "shard the optimizer state over data-parallel ranks")
+
+
+@dataclass
+class TrainingConfig:
+    """Steps, batches, precision."""
+
+    train_steps: int = option(1000, "optimizer steps of the whole run")
+    global_batch_size: int = option(8, "samples per step over all ranks")
+    micro_batch_size: int = option(1, "samples per forward pass of a rank; the rest is gradient accumulation")
+    precision: str = option("bf16", "bf16 (fp32 master weights and gradients) or fp32")
+    recompute: str = option("none", "activations recomputed in backward: none, selective (attention core), full")
+    stop_after_steps: int = option(0, "end this call after so many steps, to be resumed later; 0: run to the end")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = option(3e-4, "peak learning rate")
+    min_lr: float = option(3e-5, "final learning rate")
+    schedule: str = option("cosine", "cosine, wsd (warm-up, stable, decay), constant")
+    warmup_steps: int = option(100, "linear warm-up")
+    wsd_decay_steps: int = option(0, "wsd: steps of the final decay; 0: a tenth of the run")
+    weight_decay: float = option(0.1, "decoupled weight decay; not on norms and biases")
+    beta1: float = option(0.9, "AdamW β1")
+    beta2: float = option(0.95, "AdamW β2")
+    epsilon: float = option(1e-8, "AdamW ε")
+    clip_grad: float = option(1.0, "largest global gradient norm; 0: no clipping")
+
+
+@dataclass
+class CheckpointConfig:
+    """Distributed checkpoints with the whole train state, under runs/NAME/checkpoints."""
+
+    save_interval: int = option(500, "steps between checkpoints; the last step always saves")
+    keep_last: int = option(2, "complete checkpoints kept")
+    resume: bool = option(True, "go on from the newest complete checkpoint of this run")
+
+
+@dataclass
+class ValidationConfig:
+    """Held-out loss during training."""
+
+    interval: int = option(500, "steps between validations; the last step always validates; 0: never")
+    samples: int = option(0, "samples of the held-out split per validation; 0: all")
+
+
+@dataclass
+class LoggingConfig:
+    """What the run shows; all of it also lies in runs/NAME/metrics.jsonl."""
+
+    interval: int = option(1, "steps between rows of metrics.jsonl")
+    tensorboard: bool = option(True, "write TensorBoard events")
+    wandb: str = option("auto", "auto (online with a key, else off), online, offline, off")
+    wandb_project: str = option("em-megatron", "wandb project")
+    progress: bool = option(True, "one progress bar on rank 0")
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    name: str = option(MISSING, "name of the run; everything goes to runs/NAME")
+    output_dir: str = option("runs", "folder of all runs")
+    seed: int = option(1234, "initial weights, data order and dropout")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir).expanduser() / self.name
+
+
+def load_config(recipe: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Recipe, then overrides `section.key=value`, into one checked tree (layout checks: `validate.validate`).
+
+    Raises:
+        ConfigError: missing file, invalid YAML, unknown key, wrong type, missing value.
+    """
+    tree: Any = OmegaConf.structured(RunConfig)
+    if recipe is not None and not Path(recipe).is_file():
+        raise ConfigError(
+            f"recipe '{recipe}' does not exist: give the path of a YAML file, such as launch/recipes/*.yaml"
+        )
+    for override in overrides:
+        if not re.match(r"^[\w.]+=", override):
+            raise ConfigError(f"override '{override}' is not of the form section.key=value")
+    try:
+        if recipe is not None:
+            tree = OmegaConf.merge(tree, OmegaConf.load(Path(recipe)))
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise ConfigError(f"{' and '.join(missing)} not set: add to the recipe or as {missing[0]}=VALUE")
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_sentence(error)) from None
+    except Exception as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"recipe '{recipe}' is not valid YAML: {' '.join(str(error).split())}") from None
+    assert isinstance(config, RunConfig)
+    from em_megatron.model.sizes import apply_size
+
+    apply_size(config.model)
+    return config
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved tree as YAML, as saved with the run and every checkpoint."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def describe_options() -> str:
+    """Every option with its default and meaning, for `--help`."""
+    lines = [f"{name:42} {default!s:12} {text}" for name, default, text in _options(RunConfig, "")]
+    return "options (override as KEY=VALUE):\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _options(cls: type, prefix: str) -> Iterator[tuple[str, object, str]]:
+    for item in dataclasses.fields(cls):
+        if "help" in item.metadata:
+            default = [] if item.default is dataclasses.MISSING else item.default
+            yield f"{prefix}{item.name}", "required" if default == MISSING else default, item.metadata["help"]
+        elif item.default_factory is not dataclasses.MISSING:
+            yield from _options(type(item.default_factory()), f"{item.name}.")
+
+
+def _one_sentence(error: OmegaConfBaseException) -> str:
+    key = error.full_key or ""
+    if "not in" in str(error):
+        close = difflib.get_close_matches(key, [name for name, _, _ in _options(RunConfig, "")], n=1, cutoff=0.5)
+        return f"unknown config key '{key}'" + (
+            f": did you mean '{close[0]}'?" if close else ": see --help for all keys"
+        )
+    return f"config key '{key}': {str(error).splitlines()[0]}"

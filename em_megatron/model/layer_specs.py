@@ -1,0 +1,70 @@
+"""Which modules a layer is made of: the Megatron-Core specs of this model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from em_megatron.model.elastic_attention import ElasticMemoryAttention, TrapezoidCore
+from em_megatron.model.norm import RMSNorm
+
+
+class ElasticStack(HybridStack):  # type: ignore[misc]
+    """Megatron's stack with our final norm: its own is hard-wired to Transformer Engine's."""
+
+    def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **kwargs: Any) -> None:
+        super().__init__(config, submodules, **{**kwargs, "post_layer_norm": False})
+        if self.post_process:
+            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[T, b, hidden] → [T, b, hidden], normed on the last stage."""
+        hidden = super().forward(*args, **kwargs)
+        return self.final_norm(hidden) if self.post_process else hidden
+
+
+def elastic_stack_spec(config: TransformerConfig) -> ModuleSpec:
+    """Attention layers `*` with Elastic Memory and MLP layers `-`, each pre-normed."""
+    head_norm = RMSNorm if config.qk_layernorm else None
+    attention = ModuleSpec(
+        module=ElasticMemoryAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=TrapezoidCore,
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+    mlp = partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    return ModuleSpec(
+        module=ElasticStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(
+                module=TransformerLayer,
+                submodules=TransformerLayerSubmodules(
+                    input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add
+                ),
+            ),
+            mlp_layer=ModuleSpec(
+                module=MLPLayer,
+                submodules=TransformerLayerSubmodules(pre_mlp_layernorm=RMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add),
+            ),
+        ),
+    )

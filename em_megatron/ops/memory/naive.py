@@ -1,0 +1,56 @@
+"""The memory operator, step by step: the truth the fast paths are compared with.
+
+Legend: L block length, N order, S slots, T tokens, b samples, h KV heads, c channels (keys and values side by side).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from em_megatron.hippo import legs
+from em_megatron.ops.block_layout import BlockLayout
+
+
+def memory_write(state: Tensor, block: Tensor, tokens_before: int) -> Tensor:
+    """C(t1) = carry(t0 → t1) C(t0) + inject(t0, t1; t1) X   (HiPPO-LegS, exact hold).
+
+    Args:
+        state: [N, ...], the projection of the first `tokens_before` tokens (zeros where there are none).
+        block: [n, ...], the next n tokens of the signal.
+        tokens_before: t0.
+
+    Returns:
+        [N, ...], the projection of the first t0 + n tokens.
+    """
+    order, after = state.shape[0], tokens_before + block.shape[0]
+    carried = torch.tensordot(legs.carry(order, tokens_before, after).to(state), state, 1)
+    return carried + torch.tensordot(legs.inject(order, tokens_before, after, after).to(state), block, 1)
+
+
+def memory_read(state: Tensor, points: Tensor) -> Tensor:
+    """The history at the moments `points` in (0, 1): [N, ...] → [S, ...]."""
+    return torch.tensordot(legs.read(state.shape[0], points).to(state), state, 1)
+
+
+def memory_slots(signal: Tensor, layout: BlockLayout, order: int, points: Tensor) -> Tensor:
+    """What each block reads: the state of its document after the block before it.
+
+    Args:
+        signal: [T, b, h, c].
+        layout: the documents of the batch.
+        order: N.
+        points: [S] moments in (0, 1).
+
+    Returns:
+        [B, S, b, h, c]; zeros for blocks without a history.
+    """
+    length = layout.block_length
+    slots = signal.new_zeros(layout.num_blocks, len(points), *signal.shape[1:])
+    for run in layout.runs:
+        state = signal.new_zeros(order, *signal.shape[2:])
+        for step in range(run.num_blocks - 1):
+            start = (run.first_block + step) * length
+            state = memory_write(state, signal[start : start + length, run.row], step * length)
+            slots[run.first_block + step + 1, :, run.row] = memory_read(state, points)
+    return slots

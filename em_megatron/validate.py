@@ -1,0 +1,148 @@
+"""Every check of a run that needs no device: what cannot work is refused here, in one sentence, before anything is built."""
+
+from __future__ import annotations
+
+import torch
+
+from em_megatron.config import ConfigError, MemoryConfig, RunConfig
+from em_megatron.hippo.samplers import sampler_points
+from em_megatron.model.sizes import memory_layers, shape_of
+
+DISCRETIZATIONS = ("exact", "zero_order_hold", "bilinear", "forward_euler", "backward_euler")
+CHOICES = {
+    "memory.kind": ("elastic", "block_local"),
+    "memory.discretization": DISCRETIZATIONS,
+    "memory.bank_dtype": ("compute", "fp32"),
+    "training.precision": ("bf16", "fp32"),
+    "training.recompute": ("none", "selective", "full"),
+    "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "logging.wandb": ("auto", "online", "offline", "off"),
+}
+AT_LEAST_ONE = ["model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.kv_channels", "model.ffn_hidden_size", "model.make_vocab_size_divisible_by", "memory.block_length", "memory.order", "memory.slots", "data.sequence_length", "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "training.train_steps", "training.global_batch_size", "training.micro_batch_size", "checkpoint.save_interval", "checkpoint.keep_last", "logging.interval"]
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Checks the whole tree against a world of `world_size` ranks.
+
+    Raises:
+        ConfigError: the first thing that cannot work.
+    """
+    _check_values(config)
+    _check_shape(config)
+    points_of(config.memory)
+    memory_layers(config.memory, shape_of(config.model).num_layers)
+    _check_layout(config, world_size)
+    _check_schedule(config)
+
+
+def points_of(memory: MemoryConfig) -> torch.Tensor:
+    """The sampler's moments, [S] fp64 in (0, 1).
+
+    Raises:
+        ConfigError: a sampler that cannot be.
+    """
+    try:
+        return sampler_points(
+            memory.sampler,
+            memory.slots,
+            a=memory.sampler_a,
+            lo=memory.sampler_lo,
+            hi=memory.sampler_hi,
+            points=memory.sampler_points,
+        )
+    except ValueError as error:
+        raise ConfigError(f"memory.sampler: {error}") from None
+
+
+def _value(config: RunConfig, key: str) -> object:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _check_values(config: RunConfig) -> None:
+    for key, allowed in CHOICES.items():
+        if _value(config, key) not in allowed:
+            raise ConfigError(f"{key} '{_value(config, key)}' is unknown: choose one of {', '.join(allowed)}")
+    for key in AT_LEAST_ONE:
+        value = _value(config, key)
+        assert isinstance(value, int)
+        if value < 1:
+            raise ConfigError(f"{key} is {value}: it must be at least 1")
+    if not config.name or "/" in config.name:
+        raise ConfigError(f"name '{config.name}' cannot name a folder: use a plain word")
+
+
+def _check_shape(config: RunConfig) -> None:
+    shape, memory, data = shape_of(config.model), config.memory, config.data
+    if shape.num_attention_heads % shape.num_query_groups:
+        raise ConfigError(
+            f"model.num_attention_heads {shape.num_attention_heads} is not a multiple of "
+            f"model.num_query_groups {shape.num_query_groups}: each key/value head serves equally many query heads"
+        )
+    if shape.kv_channels % 2:
+        raise ConfigError(f"model.kv_channels {shape.kv_channels} is odd: rotary embedding needs an even number")
+    if data.sequence_length % memory.block_length:
+        raise ConfigError(
+            f"data.sequence_length {data.sequence_length} is not a multiple of memory.block_length "
+            f"{memory.block_length}: choose a whole number of blocks"
+        )
+
+
+def _check_layout(config: RunConfig, world_size: int) -> None:
+    shape, parallel, training = shape_of(config.model), config.parallel, config.training
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tensor * pipeline):
+        raise ConfigError(
+            f"{world_size} ranks cannot be split into tensor_model_parallel_size {tensor} × "
+            f"pipeline_model_parallel_size {pipeline}: start a multiple of {tensor * pipeline} ranks"
+        )
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(shape, name) % tensor:
+            raise ConfigError(
+                f"model.{name} {getattr(shape, name)} is not divisible by tensor_model_parallel_size {tensor}: "
+                "every tensor rank holds an equal share"
+            )
+    if config.model.make_vocab_size_divisible_by % tensor:
+        raise ConfigError(
+            f"model.make_vocab_size_divisible_by {config.model.make_vocab_size_divisible_by} is not divisible by "
+            f"tensor_model_parallel_size {tensor}: choose a multiple"
+        )
+    if shape.num_layers % pipeline:
+        raise ConfigError(
+            f"model.num_layers {shape.num_layers} is not divisible by pipeline_model_parallel_size {pipeline}: "
+            "every stage holds equally many layers"
+        )
+    if parallel.sequence_parallel and (tensor == 1 or config.data.sequence_length % tensor):
+        raise ConfigError(
+            f"parallel.sequence_parallel needs tensor_model_parallel_size > 1 (it is {tensor}) that divides "
+            f"data.sequence_length {config.data.sequence_length}: switch it off or change the layout"
+        )
+    data_parallel = world_size // (tensor * pipeline)
+    if training.global_batch_size % (training.micro_batch_size * data_parallel):
+        raise ConfigError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
+            f"{training.micro_batch_size} × data-parallel size {data_parallel}: change one of them"
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    optimizer, steps = config.optimizer, config.training.train_steps
+    if not optimizer.lr > 0 or not 0 <= optimizer.min_lr <= optimizer.lr:
+        raise ConfigError(
+            f"optimizer.lr {optimizer.lr} and min_lr {optimizer.min_lr}: need 0 <= min_lr <= lr and lr > 0"
+        )
+    if not 0 <= optimizer.warmup_steps < steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps {optimizer.warmup_steps} does not fit training.train_steps {steps}: "
+            "warm up for fewer steps than the run has"
+        )
+    if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay_steps(config) > steps:
+        raise ConfigError(
+            f"optimizer: warm-up {optimizer.warmup_steps} and wsd_decay_steps {decay_steps(config)} are longer than "
+            f"training.train_steps {steps}: shorten one"
+        )
+
+
+def decay_steps(config: RunConfig) -> int:
+    """Steps of the final decay of a wsd schedule."""
+    return config.optimizer.wsd_decay_steps or max(1, config.training.train_steps // 10)

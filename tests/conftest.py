@@ -1,0 +1,24 @@
+"""Settings of every test: one thread per process, CPU backend, and new buffers filled with NaN."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+torch.utils.deterministic.fill_uninitialized_memory = True  # takes effect where deterministic algorithms are asked for
+
+# One tolerance for every comparison in fp64: a few hundred roundings of 1e-16 each.
+FP64 = {"rtol": 1e-9, "atol": 1e-10}
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """`torch.empty` and its kin return NaN, so that a result that was never written cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
