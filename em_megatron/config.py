@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 def option(default: Any, text: str) -> Any:
     """A documented field; `text` is what `--help` prints."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": text})  # type: ignore[call-overload]
+    return field(**factory, metadata={"help": text})
 
 
 @dataclass
@@ -64,7 +64,7 @@ class MemoryConfig:
     discretization: str = option("exact", "exact, zero_order_hold, bilinear, forward_euler, backward_euler")
     superchunk: int = option(0, "blocks computed at once, 0: chosen by cost; never changes the result")
     bank_dtype: str = option("compute", "dtype of the memory's matrices: compute (that of the activations), fp32")
-    bank_cache: str = option("~/.cache/em_megatron/banks", "folder that keeps the matrices between runs; empty: none")
+    bank_cache: str | None = option("~/.cache/em_megatron/banks", "folder that keeps the matrices between runs; null: none")
 
 
 @dataclass
@@ -137,7 +137,7 @@ class LoggingConfig:
 
     interval: int = option(1, "steps between rows of metrics.jsonl")
     tensorboard: bool = option(True, "write TensorBoard events")
-    wandb: str = option("auto", "auto (online with a key, else off), online, offline, off")
+    wandb: str = option("auto", "auto (online with a key, else offline), online, offline, disabled")
     wandb_project: str = option("em-megatron", "wandb project")
     progress: bool = option(True, "one progress bar on rank 0")
 

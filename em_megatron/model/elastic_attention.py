@@ -27,7 +27,7 @@ from em_megatron.validate import points_of
 
 
 @dataclass
-class ElasticTransformerConfig(TransformerConfig):  # type: ignore[misc]
+class ElasticTransformerConfig(TransformerConfig):
     """Megatron's configuration plus the memory section of the recipe.
 
     num_layers counts sub-layers (attention and MLP apart), as Megatron's hybrid model does.
@@ -39,13 +39,14 @@ class ElasticTransformerConfig(TransformerConfig):  # type: ignore[misc]
     def banks(self) -> MemoryBanks:
         """The memory's matrices, one object for all layers of the process."""
         memory = self.memory
-        return shared_banks(
-            memory.order,
-            memory.block_length,
-            tuple(points_of(memory).tolist()),
-            memory.discretization,
-            Path(memory.bank_cache).expanduser() if memory.bank_cache else None,
-        )
+        with torch.device("cpu"):  # also while a model is laid out on the meta device
+            return shared_banks(
+                memory.order,
+                memory.block_length,
+                tuple(points_of(memory).tolist()),
+                memory.discretization,
+                Path(memory.bank_cache).expanduser() if memory.bank_cache else None,
+            )
 
 
 class TrapezoidCore(torch.nn.Module):
@@ -81,7 +82,7 @@ class TrapezoidCore(torch.nn.Module):
         return keys, values
 
 
-class ElasticMemoryAttention(SelfAttention):  # type: ignore[misc]
+class ElasticMemoryAttention(SelfAttention):
     """Self-attention of a layer with Elastic Memory, or block-local where `memory.layers` leaves the layer out.
 
     linear_qkv is column parallel, linear_proj row parallel, as in Megatron's own attention; no parameter is added.

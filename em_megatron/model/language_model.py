@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -23,11 +24,11 @@ def transformer_config(config: RunConfig) -> ElasticTransformerConfig:
     shape, parallel, training = shape_of(config.model), config.parallel, config.training
     on_gpu = torch.cuda.is_available()
     dtype = PRECISIONS[training.precision]
-    recompute = {
+    recomputation: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
-    }[training.recompute]
+    }
     return ElasticTransformerConfig(
         memory=config.memory,
         rotary_base=config.model.rotary_base,
@@ -62,7 +63,7 @@ def transformer_config(config: RunConfig) -> ElasticTransformerConfig:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        **recompute,
+        **recomputation[training.recompute],
     )
 
 

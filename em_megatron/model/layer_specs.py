@@ -21,7 +21,7 @@ from em_megatron.model.elastic_attention import ElasticMemoryAttention, Trapezoi
 from em_megatron.model.norm import RMSNorm
 
 
-class ElasticStack(HybridStack):  # type: ignore[misc]
+class ElasticStack(HybridStack):
     """Megatron's stack with our final norm: its own is hard-wired to Transformer Engine's."""
 
     def __init__(self, config: TransformerConfig, submodules: HybridStackSubmodules, **kwargs: Any) -> None:
@@ -52,6 +52,7 @@ def elastic_stack_spec(config: TransformerConfig) -> ModuleSpec:
     mlp = partial(
         MLP.as_mlp_submodule,
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        ffn_hidden_size=config.ffn_hidden_size,
     )
     return ModuleSpec(
         module=ElasticStack,

@@ -87,7 +87,7 @@ class LayerMemory:
         self.filled = 0
 
 
-class MemoryCache(BaseInferenceContext):  # type: ignore[misc]
+class MemoryCache(BaseInferenceContext):
     """The whole model's memory during a generation; every row of the batch has read equally many tokens."""
 
     def __init__(

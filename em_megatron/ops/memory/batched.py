@@ -43,7 +43,7 @@ class TriangleProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """dx = Gᵀ dy, [m·S, ch] → [m·L, ch]."""
         levels = ctx.saved_tensors
         num_blocks, slots = ctx.num_blocks, ctx.slots
@@ -81,6 +81,7 @@ def memory_scan(x: Tensor, banks: MemoryBanks, superchunk: int) -> Tensor:
         if size > 1:
             y = TriangleProduct.apply(x_chunk, size, slots, *chunk.triangle)
         if state is not None:
+            assert chunk.read_carry is not None  # only the superchunk at the start has no history
             y = torch.addmm(y, chunk.read_carry, state)
         pieces.append(y)
         if start + size < num_blocks:

@@ -61,7 +61,7 @@ class JoinedFlash(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q_memory, q_rotated, key, value, key_memory, value_memory, readable, mask, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
         d_rotated, d_key, d_value = _flash_backward(

@@ -1,0 +1,139 @@
+"""The files around a checkpoint's tensors: one process's work, safe against a kill at any moment."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MARKER = "COMPLETE"
+_HASHED_BYTES = 1 << 20
+_STEP = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"\.(step_\d{8,})\.(writing|replaced|deleting)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or loaded; the message says why and what to do."""
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def writing_name(step: int) -> str:
+    return f".{step_name(step)}.writing"
+
+
+def finish(folder: Path, step: int, texts: dict[str, str], facts: dict[str, Any]) -> None:
+    """Write the text files and then the marker, which lists every file of `folder` and carries `facts`."""
+    for name, text in texts.items():
+        _write(folder / name, text)
+    for path in folder.iterdir():
+        _sync(path)
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    _write(folder / MARKER, json.dumps({"step": step, **facts, "files": files}, indent=1))
+    _sync(folder)
+
+
+def replace_step(root: Path, writing: Path, step: int) -> Path:
+    """Give the finished folder its final name, in place of an older one of the same step; returns it."""
+    final, aside = root / step_name(step), root / f".{step_name(step)}.replaced"
+    if final.exists():
+        final.rename(aside)
+    writing.rename(final)
+    _sync(root)
+    shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def retain(root: Path, keep_last: int) -> None:
+    """Delete whole checkpoints older than the newest `keep_last`; a half-deleted one never has a valid name."""
+    for step in complete_steps(root)[:-keep_last]:
+        doomed = root / f".{step_name(step)}.deleting"
+        (root / step_name(step)).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean_leftovers(root: Path) -> None:
+    """Remove what a killed save left, after giving back a checkpoint that was about to be replaced."""
+    if not root.is_dir():
+        return
+    for path in sorted(root.iterdir()):
+        found = _LEFTOVER.fullmatch(path.name)
+        if not found:
+            continue
+        final = root / found[1]
+        if found[2] == "replaced" and not final.exists():
+            path.rename(final)
+        else:
+            shutil.rmtree(path)
+
+
+def complete_steps(root: Path) -> list[int]:
+    """Steps of the whole checkpoints in `root`, oldest first; warns of damaged ones."""
+    steps = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        found = _STEP.fullmatch(path.name)
+        if not found:
+            continue
+        if reason := damage(path):
+            logger.warning("Checkpoint %s is passed over: %s.", path, reason)
+        else:
+            steps.append(int(found[1]))
+    return sorted(steps)
+
+
+def damage(folder: Path) -> str:
+    """Why this is not a whole checkpoint; empty if it is."""
+    if not folder.is_dir():
+        return "it is not a folder"
+    try:
+        files = read_marker(folder)["files"]
+    except FileNotFoundError:
+        return f"it has no {MARKER} file, so its writing did not end"
+    except (OSError, ValueError, KeyError) as error:
+        return f"its {MARKER} file cannot be read ({error})"
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
+        if "sha256" in facts and _sha256(path) != facts["sha256"]:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    marker: dict[str, Any] = json.loads((folder / MARKER).read_text())
+    return marker
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    return {"bytes": size, "sha256": _sha256(path)} if size <= _HASHED_BYTES else {"bytes": size}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's renames and new names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,105 @@
+"""Held-out loss, perplexity and bits per byte, overall and by position in the document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from em_megatron.config import RunConfig
+from em_megatron.data.stream import Sample, TokenStream, collate
+from em_megatron.parallel.process_groups import Layout
+from em_megatron.training.loss import sum_over_world
+from em_megatron.training.metrics import perplexity
+from em_megatron.training.microbatch import MicroBatch
+from em_megatron.training.step import is_reporting_rank, run_schedule, token_loss_step
+
+POSITION_BINS_PER_BLOCK = 2
+
+
+class PositionTally:
+    """Sums of loss, tokens and text bytes in bins of the position in the document."""
+
+    def __init__(self, bins: int, bin_width: int, token_bytes: Tensor) -> None:
+        self.bin_width, self.token_bytes = bin_width, token_bytes
+        self.sums = torch.zeros(3, bins, dtype=torch.float64, device=token_bytes.device)
+
+    def add(self, batch: MicroBatch, losses: Tensor) -> None:
+        """batch and losses [b, T] in nats."""
+        at = (batch.positions // self.bin_width).flatten().long()
+        losses = losses.double().flatten()
+        values = torch.stack([losses, torch.ones_like(losses), self.token_bytes[batch.labels].flatten()])
+        self.sums.scatter_add_(1, at.expand(3, -1), values * batch.loss_mask.double().flatten())
+
+
+def summarise(sums: Tensor, bin_width: int) -> dict[str, Any]:
+    """loss (nats per token), perplexity, bits_per_byte, tokens, bytes, and the same loss per bin of positions."""
+    total, tokens, text_bytes = sums.sum(1).tolist()
+    positions = [
+        {
+            "start": index * bin_width,
+            "stop": (index + 1) * bin_width,
+            "loss": loss / count,
+            "perplexity": perplexity(loss / count),
+            "tokens": int(count),
+        }
+        for index, (loss, count, _) in enumerate(sums.T.tolist())
+        if count
+    ]
+    return {
+        "loss": total / tokens,
+        "perplexity": perplexity(total / tokens),
+        "bits_per_byte": total / math.log(2) / text_bytes,
+        "tokens": int(tokens),
+        "bytes": int(text_bytes),
+        "positions": positions,
+    }
+
+
+def evaluate(
+    config: RunConfig,
+    layout: Layout,
+    model: list[torch.nn.Module],
+    stream: TokenStream,
+    token_bytes: Tensor,
+    max_samples: int = 0,
+) -> dict[str, Any]:
+    """One pass over the held-out samples, each read once by one data-parallel rank.
+
+    Args:
+        config: the run.
+        layout: where this rank stands.
+        model: this rank's chunks.
+        stream: the held-out split.
+        token_bytes: [vocab] text bytes per token id.
+        max_samples: read only so many; 0 reads all.
+
+    Returns:
+        What `summarise` gives, over all ranks, on every rank.
+    """
+    device = next(model[0].parameters()).device
+    width = max(1, config.memory.block_length // POSITION_BINS_PER_BLOCK)
+    tally = PositionTally(-(-config.data.sequence_length // width), width, token_bytes.to(device, torch.float64))
+    samples = islice(stream.validation_samples(), max_samples or None)
+    for chunk in model:
+        chunk.eval()
+    with torch.no_grad():
+        for batch in _my_batches(samples, layout, config, device):
+            size = batch.tokens.shape[0]
+            for losses in run_schedule(token_loss_step, iter([batch]), model, config, 1, size, forward_only=True):
+                tally.add(batch, losses)
+    for chunk in model:
+        chunk.train()
+    return summarise(sum_over_world(tally.sums, is_reporting_rank(layout)), width)
+
+
+def _my_batches(
+    samples: Iterator[Sample], layout: Layout, config: RunConfig, device: torch.device
+) -> Iterator[MicroBatch]:
+    mine = islice(samples, layout.dp_rank, None, layout.dp_size)
+    while group := list(islice(mine, config.training.micro_batch_size)):
+        yield MicroBatch.from_batch(collate(group), config.memory.block_length, device)

@@ -1,0 +1,269 @@
+"""The matrices of the memory: built once in fp64, cast, kept, and shared by all layers.
+
+With R = read (S points × N coefficients), blocks of L tokens and t_i = i·L, a superchunk of m blocks from `start` is
+
+    M_i   = A(i) C_start + Σ_{start ≤ j < i} G(i,j) X_j       A(i) = R carry(t_start → t_i),  G(i,j) = R inject(block j; t_i)
+    C_end = carry C_start + inject X_superchunk
+
+The G(i,j) form a strict lower triangle of blocks. It is stored by levels of a binary split: at level l, with w = 2^l,
+pair p multiplies block rows (2p+1)w … (2p+2)w − 1 with block columns 2pw … (2p+1)w − 1. The tiles cover each pair
+j < i once and nothing else, so row i appears at the levels given by the bits set in i.
+
+On disk a file is named by the hash of everything that determines it, written beside its place and renamed, so that a
+killed process or several ranks building at once never leave half a file under a valid name.
+
+Everything is built outside inference mode: a bank first used in an evaluation must still serve training.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from em_megatron.hippo import legs, recurrences
+
+_FORMAT = 1  # of the files in the disk cache
+_PIECE_BYTES = 128 * 2**20  # fp64 columns of `inject` held at once while a triangle is built
+_STEPS_KEPT = 8  # inference needs the step of the current block, for each sequence in flight
+
+
+@dataclass(frozen=True, eq=False)
+class Superchunk:
+    """The matrices of blocks start_block … start_block + num_blocks − 1, in one dtype on one device (m = num_blocks).
+
+    read_carry: A(i) stacked over i, [m·S, N]; None if start_block is 0, where there is no history.
+    triangle: level l with w = 2^l is [pairs, w·S, w·L], pairs = number of p with (2p+1)w < m; rows of the last pair
+        that belong to blocks ≥ m are zero. Empty for m = 1.
+    carry, inject: [N, N] and [N, m·L], state at start → state at end. Built when first used, because the last
+        superchunk (in the parallel form the only one) never needs them. carry is zero if start_block is 0.
+    """
+
+    start_block: int
+    num_blocks: int
+    read_carry: Tensor | None
+    triangle: tuple[Tensor, ...]
+    _build_carry: Callable[[], Tensor] = field(repr=False)
+    _build_inject: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def carry(self) -> Tensor:
+        with torch.inference_mode(False):
+            return self._build_carry()
+
+    @cached_property
+    def inject(self) -> Tensor:
+        with torch.inference_mode(False):
+            return self._build_inject()
+
+
+class MemoryBanks:
+    """All matrices of one (order N, block_length L, points, discretization).
+
+    Kept in memory per (dtype, device); the fp64 originals are dropped after the cast, so a second dtype is read from
+    `cache_dir`, or rebuilt without one. Superchunks are kept for good (`cost_model.plan` bounds their size), inference
+    steps only for the last few blocks.
+
+    Args: points fp64 [S] in (0, 1); cache_dir a folder for the disk cache, made if absent, None for no disk cache.
+    Raises ValueError for sizes below 1, points outside (0, 1) or an unknown discretization.
+    """
+
+    def __init__(
+        self,
+        order: int,
+        block_length: int,
+        points: Tensor,
+        discretization: str = "exact",
+        cache_dir: Path | None = None,
+    ) -> None:
+        points = points.detach().to("cpu", torch.float64)
+        if min(order, block_length) < 1:
+            raise ValueError(f"order and block_length must be at least 1, got {order} and {block_length}.")
+        if points.dim() != 1 or len(points) == 0 or not bool(((points > 0) & (points < 1)).all()):
+            raise ValueError("Memory points must be a non-empty list inside (0, 1), 0 and 1 excluded.")
+        recurrences.check_discretization(discretization)
+        self.order, self.block_length, self.slots = order, block_length, len(points)
+        self.points, self.discretization, self.cache_dir = points, discretization, cache_dir
+        if cache_dir is not None:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+        self._reads: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._superchunks: dict[tuple[int, int, torch.dtype, torch.device], Superchunk] = {}
+        self._steps: OrderedDict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = OrderedDict()
+
+    def read(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """R, the values of the basis at the points: [S, N]."""
+        key = (dtype, torch.device(device))
+        if key not in self._reads:
+            with torch.inference_mode(False):
+                self._reads[key] = self._read.to(key[1], dtype)
+        return self._reads[key]
+
+    def superchunk(
+        self, start_block: int, num_blocks: int, dtype: torch.dtype, device: torch.device | str
+    ) -> Superchunk:
+        """The matrices of `num_blocks` ≥ 1 blocks from block `start_block` ≥ 0; the same object on every call."""
+        if start_block < 0 or num_blocks < 1:
+            raise ValueError(
+                f"A superchunk needs start_block >= 0 and num_blocks >= 1, got {start_block} and {num_blocks}."
+            )
+        key = (start_block, num_blocks, dtype, torch.device(device))
+        if key not in self._superchunks:
+            with torch.inference_mode(False):
+                self._superchunks[key] = self._make_superchunk(*key)
+        return self._superchunks[key]
+
+    def step(self, block: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """(carry [N, N], inject [N, L]): state at token block·L → state at token (block+1)·L."""
+        if block < 0:
+            raise ValueError(f"A step needs a block >= 0, got {block}.")
+        key = (block, dtype, torch.device(device))
+        if key not in self._steps:
+            with torch.inference_mode(False):
+                carry, inject = self._carry(block, 1), self._inject(block, 1)
+                self._steps[key] = carry.to(key[2], dtype), inject.to(key[2], dtype)
+            if len(self._steps) > _STEPS_KEPT:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(key)
+        return self._steps[key]
+
+    @cached_property
+    def _read(self) -> Tensor:
+        return legs.read(self.order, self.points)
+
+    def _make_superchunk(self, start: int, blocks: int, dtype: torch.dtype, device: torch.device) -> Superchunk:
+        triangle = self._cached("triangle", start, blocks, lambda: self._triangle(start, blocks)) if blocks > 1 else []
+        read_carry = None
+        if start > 0:
+            (rows,) = self._cached("read_carry", start, blocks, lambda: [self._read_carry(start, blocks)])
+            read_carry = rows.to(device, dtype)
+        return Superchunk(
+            start_block=start,
+            num_blocks=blocks,
+            read_carry=read_carry,
+            triangle=tuple(level.to(device, dtype) for level in triangle),
+            _build_carry=lambda: self._carry(start, blocks).to(device, dtype),
+            _build_inject=lambda: self._inject(start, blocks).to(device, dtype),
+        )
+
+    def _read_carry(self, start: int, blocks: int) -> Tensor:
+        """A(i) for i = start … start + blocks − 1: fp64 [blocks·S, N]; the first needs no carry."""
+        t = [self.block_length * (start + i) for i in range(blocks)]
+        moved = [recurrences.carry_rows(self.discretization, self._read, t[0], t_i) for t_i in t[1:]]
+        return torch.cat([self._read, *moved])
+
+    def _triangle(self, start: int, blocks: int) -> list[Tensor]:
+        """The levels of the strict triangle, fp64."""
+        S, L = self.slots, self.block_length
+        levels, width = [], 1
+        while width < blocks:
+            pairs = len(range(width, blocks, 2 * width))
+            levels.append(torch.zeros(pairs, width * S, width * L, dtype=torch.float64, device="cpu"))
+            width *= 2
+        for i in range(1, blocks):
+            row = self._triangle_row(start, i)
+            for l, level in enumerate(levels):
+                width = 1 << l
+                if i & width:
+                    p, offset = i // (2 * width), i % width
+                    tile = row[:, 2 * p * width * L : (2 * p + 1) * width * L]
+                    level[p, offset * S : (offset + 1) * S] = tile
+        return levels
+
+    def _triangle_row(self, start: int, i: int) -> Tensor:
+        """G(start + i, j) for j = start … start + i − 1 side by side: fp64 [S, i·L]."""
+        begin, end = start * self.block_length, (start + i) * self.block_length
+        row = torch.empty(self.slots, end - begin, dtype=torch.float64, device="cpu")
+        tokens = max(1, _PIECE_BYTES // (8 * self.order))
+        pieces = recurrences.inject_pieces(self.discretization, self.order, begin, end, end, tokens)
+        for first, piece in pieces:
+            row[:, first - begin : first - begin + piece.shape[1]] = self._read @ piece
+        return row
+
+    def _carry(self, start: int, blocks: int) -> Tensor:
+        t0, t1 = start * self.block_length, (start + blocks) * self.block_length
+
+        def build() -> list[Tensor]:
+            return [recurrences.carry(self.discretization, self.order, t0, t1)]
+
+        return (build() if t0 == 0 else self._cached("carry", start, blocks, build))[0]
+
+    def _inject(self, start: int, blocks: int) -> Tensor:
+        t0, t1 = start * self.block_length, (start + blocks) * self.block_length
+        return recurrences.inject(self.discretization, self.order, t0, t1, t1)
+
+    def _cached(self, kind: str, start: int, blocks: int, build: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What `build` gives, by way of the disk cache if there is one."""
+        if self.cache_dir is None:
+            return build()
+        key = json.dumps(
+            {
+                "format": _FORMAT,
+                "kind": kind,
+                "order": self.order,
+                "block_length": self.block_length,
+                "points": [point.hex() for point in self.points.tolist()],
+                "discretization": self.discretization,
+                "start_block": start,
+                "num_blocks": blocks,
+            }
+        )
+        path = self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
+        tensors = _load(path, key) if path.exists() else None
+        if tensors is None:
+            tensors = build()
+            _save(path, key, tensors)
+        return tensors
+
+
+@cache
+def shared_banks(
+    order: int, block_length: int, points: tuple[float, ...], discretization: str, cache_dir: Path | None
+) -> MemoryBanks:
+    """The one MemoryBanks of this process for these arguments, so that all layers share their matrices."""
+    return MemoryBanks(order, block_length, torch.tensor(points, dtype=torch.float64), discretization, cache_dir)
+
+
+def _checksum(tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _load(path: Path, key: str) -> list[Tensor] | None:
+    """The tensors of a cache file, or None with a warning if it is damaged or belongs to something else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors: list[Tensor] = content["tensors"]
+        if content["key"] != key:
+            raise ValueError("it was made for other sizes")
+        if content["checksum"] != _checksum(tensors):
+            raise ValueError("its checksum does not match its contents")
+        return tensors
+    except Exception as e:  # a damaged pickle may raise anything
+        warnings.warn(f"The memory matrices in {path} cannot be used ({e}); they are built again.", stacklevel=2)
+        return None
+
+
+def _save(path: Path, key: str, tensors: list[Tensor]) -> None:
+    """Write beside the path and rename; a full or read-only disk costs only a warning, the run has its matrices."""
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem[:16], suffix=".tmp")
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save({"key": key, "checksum": _checksum(tensors), "tensors": tensors}, file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        warnings.warn(f"The memory matrices could not be kept in {path} ({e}).", stacklevel=2)
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)

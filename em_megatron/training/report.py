@@ -1,0 +1,36 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from em_megatron.model.sizes import (
+    flops_per_token,
+    memory_floats_per_sequence,
+    memory_layers,
+    num_parameters,
+    padded_vocab_size,
+    shape_of,
+)
+from em_megatron.training.setup import Run
+
+
+def describe_run(run: Run) -> str:
+    """A few lines: model, memory, data, layout, folder."""
+    config, layout, memory = run.config, run.layout, run.config.memory
+    shape = shape_of(config.model)
+    vocab = padded_vocab_size(run.corpus.vocabulary.size, config.model.make_vocab_size_divisible_by)
+    flops = flops_per_token(config.model, memory, vocab, config.data.sequence_length)
+    layers = len(memory_layers(memory, shape.num_layers))
+    blocks = config.data.sequence_length // memory.block_length
+    return "\n".join(
+        [
+            f"run     {config.run_dir}, step {run.state.step} of {config.training.train_steps}",
+            f"model   {num_parameters(config.model, vocab):,} parameters, {shape.num_layers} layers × "
+            f"{shape.hidden_size}, vocabulary {vocab}, {flops / 1e6:,.1f} MFLOP per token, {config.training.precision}",
+            f"memory  {layers} of {shape.num_layers} layers, order {memory.order}, {memory.slots} slots "
+            f"({memory.sampler}), {memory_floats_per_sequence(config.model, memory):,} floats per sequence",
+            f"data    {config.data.path}: {config.data.sequence_length} tokens = {blocks} blocks of "
+            f"{memory.block_length}, {config.training.global_batch_size} samples a step",
+            f"layout  {layout.world_size} ranks on {run.device.type}: tensor {layout.tp_size}, pipeline "
+            f"{layout.pp_size}, data {layout.dp_size}",
+        ]
+    )

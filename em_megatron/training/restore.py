@@ -1,0 +1,107 @@
+"""A trained model out of a checkpoint, to evaluate or to generate with; its reader may be changed on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from em_megatron.checkpoint.folder import CheckpointError, complete_steps, step_name
+from em_megatron.checkpoint.sharded import CheckpointStore
+from em_megatron.config import ConfigError, MemoryConfig, RunConfig, load_config
+from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.parallel.process_groups import Layout, initialize
+from em_megatron.training.setup import TOKENIZER_FILE, build_chunks
+from em_megatron.validate import validate
+
+
+@dataclass
+class Restored:
+    """Config, vocabulary and weights of a checkpoint, spread over the ranks at hand."""
+
+    config: RunConfig
+    layout: Layout
+    vocabulary: Vocabulary
+    model: list[torch.nn.Module]
+    step: int
+    checkpoint: Path
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder itself, or the newest complete one of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "COMPLETE").is_file():
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = complete_steps(root) if root.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"no complete checkpoint in {path}: give a run folder or one of its checkpoints/step_*")
+    return root / step_name(steps[-1])
+
+
+def saved_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
+    """The recipe of the run, overridden; its layout is that of one rank unless an override says otherwise.
+
+    Only what weights do not depend on may change: memory, data, parallel, training.
+
+    Raises:
+        ConfigError: an override that would need other weights.
+    """
+    for override in overrides:
+        if override.startswith("model."):
+            raise ConfigError(f"override '{override}' would need other weights: model.* is fixed by the checkpoint")
+    alone = [
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.pipeline_model_parallel_size=1",
+        "parallel.sequence_parallel=false",
+        "parallel.use_distributed_optimizer=false",
+        "training.recompute=none",
+    ]
+    return load_config(checkpoint / "config.yaml", [*alone, *overrides])
+
+
+def restore(path: Path, overrides: Sequence[str], world_size: int) -> Restored:
+    """Loads the weights of a run or checkpoint folder onto the ranks at hand.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: what cannot be loaded, in one sentence.
+    """
+    checkpoint = find_checkpoint(path)
+    config = saved_config(checkpoint, overrides)
+    data_parallel = world_size // (
+        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    )
+    # Batch sizes of training say nothing here; one that divides keeps `validate` about what matters.
+    config.training.global_batch_size = config.training.micro_batch_size * max(1, data_parallel)
+    validate(config, world_size)
+    vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_FILE)
+    layout = initialize(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
+    model = build_chunks(config, layout, vocabulary.size, initialize=False)
+    store = CheckpointStore(checkpoint.parent, config.checkpoint.keep_last)
+    state = store.load(checkpoint, model_chunks=model)
+    for chunk in model:
+        chunk.eval()
+    return Restored(config, layout, vocabulary, model, int(state["step"]), checkpoint)
+
+
+def reader_of(memory: MemoryConfig) -> str:
+    """The memory and its reader in a few words, for reports."""
+    if memory.kind == "block_local":
+        return "no memory"
+    details = {
+        "exponential": f"a={memory.sampler_a:g}",
+        "window": f"{memory.sampler_lo:g} to {memory.sampler_hi:g}",
+    }.get(memory.sampler, "")
+    sampler = f"{memory.sampler} ({details})" if details else memory.sampler
+    return f"order {memory.order}, {memory.slots} slots, {sampler}"
+
+
+def as_row(config: MemoryConfig) -> dict[str, object]:
+    """The memory section as plain values, for JSON reports."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,217 @@
+"""From a recipe to everything a run holds: groups, data, model, optimizer, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+
+from em_megatron.checkpoint.sharded import CheckpointStore
+from em_megatron.config import ConfigError, RunConfig, config_text
+from em_megatron.data.manifest import Manifest
+from em_megatron.data.shards import ShardReader
+from em_megatron.data.stream import TokenStream, prefetch
+from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.model.initialization import initialize_weights
+from em_megatron.model.language_model import build_model, transformer_config
+from em_megatron.model.sizes import padded_vocab_size, shape_of
+from em_megatron.parallel import cpu_backend
+from em_megatron.parallel.process_groups import Layout, initialize
+from em_megatron.training.microbatch import MicroBatch, micro_batches
+from em_megatron.training.optimizer import build_optimizer, build_scheduler
+from em_megatron.validate import validate
+
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Vocabulary, manifest and the folder of shards they belong to."""
+
+    path: Path
+    vocabulary: Vocabulary
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Corpus:
+        """Opens a folder of `tokenizer.encode`.
+
+        Raises:
+            DataError: something is missing, truncated, altered or does not belong together.
+        """
+        manifest = Manifest.load(path)
+        vocabulary = Vocabulary(path / TOKENIZER_FILE)
+        manifest.check_tokenizer(vocabulary)
+        return cls(path, vocabulary, manifest)
+
+    def stream(self, config: RunConfig, split: str) -> TokenStream:
+        """Samples of a split, packed for this run."""
+        reader = ShardReader(self.path, split)
+        return TokenStream(
+            reader,
+            config.data.sequence_length,
+            config.memory.block_length,
+            config.seed,
+            self.vocabulary.pad_id,
+            shuffle=split == "train",
+        )
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds besides weights and optimizer."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    data_identity: str = ""
+    wandb_id: str = ""
+
+
+@dataclass
+class Run:
+    """A run that is ready to train."""
+
+    config: RunConfig
+    layout: Layout
+    device: torch.device
+    corpus: Corpus
+    model: list[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+    store: CheckpointStore
+    state: TrainState
+
+    def save(self) -> None:
+        """Writes a complete checkpoint of this step."""
+        self.store.save(
+            self.state.step,
+            model_chunks=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            train_state=vars(self.state),
+            config_text=config_text(self.config),
+        )
+
+    def training_data(self) -> Iterator[MicroBatch]:
+        """This data-parallel rank's micro-batches from where the run stands."""
+        stream = self.corpus.stream(self.config, "train")
+        batches = stream.batches(
+            self.state.consumed_samples,
+            self.config.training.micro_batch_size,
+            self.layout.dp_rank,
+            self.layout.dp_size,
+        )
+        if self.config.data.prefetch:
+            batches = prefetch(batches, self.config.data.prefetch)
+        return micro_batches(batches, self.config.memory.block_length, self.device)
+
+
+def set_up(config: RunConfig, world_size: int) -> Run:
+    """Checks everything, then builds it, and goes on from the newest complete checkpoint.
+
+    Raises:
+        ConfigError: the recipe cannot work; before anything is allocated.
+        DataError: the shards cannot be used.
+    """
+    validate(config, world_size)
+    corpus = Corpus.open(Path(config.data.path).expanduser())
+    parallel = config.parallel
+    layout = initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    device = cpu_backend.device()
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+    model = wrap_for_training(config, build_chunks(config, layout, corpus.vocabulary.size), layout)
+    optimizer = build_optimizer(config, model, layout.pg_collection)
+    run = Run(
+        config=config,
+        layout=layout,
+        device=device,
+        corpus=corpus,
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer),
+        store=CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep_last),
+        state=TrainState(data_identity=corpus.manifest.identity),
+    )
+    _resume(run)
+    if layout.world_rank == 0:
+        _keep_tokenizer(run)
+    connect_schedule(run.model, run.optimizer)
+    return run
+
+
+def build_chunks(config: RunConfig, layout: Layout, vocab_size: int, initialize: bool = True) -> list[torch.nn.Module]:
+    """This rank's part of the model, with the initial weights of the seed unless a checkpoint will fill it."""
+    vocab = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
+    first, last = layout.pp_rank == 0, layout.pp_rank == layout.pp_size - 1
+    model = build_model(config, vocab, layout.pg_collection, pre_process=first, post_process=last)
+    chunks = [model.to(cpu_backend.device())]
+    if initialize:
+        initialize_weights(chunks, config.seed, config.model.init_method_std, shape_of(config.model).num_layers)
+    return chunks
+
+
+def wrap_for_training(config: RunConfig, chunks: list[torch.nn.Module], layout: Layout) -> list[torch.nn.Module]:
+    """Megatron's DistributedDataParallel around each chunk; gradients are kept and reduced in fp32."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=torch.cuda.is_available(),
+        check_for_nan_in_grad=False,  # train_step decides on loss and norm, on all ranks alike
+    )
+    return [
+        DistributedDataParallel(transformer_config(config), ddp, chunk, pg_collection=layout.pg_collection)
+        for chunk in chunks
+    ]
+
+
+def connect_schedule(model: list[torch.nn.Module], optimizer: Any) -> None:
+    """Tells Megatron's schedules how to finish gradients, once per step."""
+    from megatron.core.utils import get_model_config
+
+    megatron_config = get_model_config(model[0])
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    megatron_config.grad_scale_func = optimizer.scale_loss
+    if torch.cuda.is_available():
+        megatron_config.no_sync_func = model[0].no_sync
+
+
+def _resume(run: Run) -> None:
+    """Loads the newest complete checkpoint, if there is one and the recipe allows."""
+    newest = run.store.latest()
+    if newest is None:
+        return
+    if not run.config.checkpoint.resume:
+        raise ConfigError(
+            f"{newest.parent} already holds checkpoints and checkpoint.resume is false: "
+            "choose another name, or remove the folder"
+        )
+    saved = run.store.load(newest, model_chunks=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
+    run.state = TrainState(**saved)
+    run.corpus.manifest.check_identity(run.state.data_identity)
+    if torch.distributed.get_rank() == 0:
+        log.warning("resumed from %s at step %d", newest, run.state.step)
+
+
+def _keep_tokenizer(run: Run) -> None:
+    """Puts the tokenizer beside the checkpoints, so that they are of use without the corpus."""
+    target = run.config.run_dir / TOKENIZER_FILE
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".writing")
+        shutil.copyfile(run.corpus.path / TOKENIZER_FILE, temporary)
+        os.replace(temporary, target)

