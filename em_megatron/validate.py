@@ -18,7 +18,27 @@ CHOICES = {
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "logging.wandb": ("auto", "online", "offline", "disabled"),
 }
-AT_LEAST_ONE = ["model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.kv_channels", "model.ffn_hidden_size", "model.make_vocab_size_divisible_by", "memory.block_length", "memory.order", "memory.slots", "data.sequence_length", "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size", "training.train_steps", "training.global_batch_size", "training.micro_batch_size", "checkpoint.save_interval", "checkpoint.keep_last", "logging.interval"]
+AT_LEAST_ONE = [
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.kv_channels",
+    "model.ffn_hidden_size",
+    "model.make_vocab_size_divisible_by",
+    "memory.block_length",
+    "memory.order",
+    "memory.slots",
+    "data.sequence_length",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "training.train_steps",
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "checkpoint.save_interval",
+    "checkpoint.keep_last",
+    "logging.interval",
+]
 
 
 def validate(config: RunConfig, world_size: int) -> None:

@@ -37,19 +37,22 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
 
+    from em_megatron.checkpoint.folder import CheckpointError
     from em_megatron.data.manifest import DataError
+    from em_megatron.parallel.launcher import end_with_launcher
     from em_megatron.parallel.process_groups import shutdown
     from em_megatron.training.loop import train
     from em_megatron.training.report import describe_run
     from em_megatron.training.setup import set_up
     from em_megatron.training.step import TrainingError
 
+    end_with_launcher()
     try:
         run = set_up(config, world_size)
         if rank == 0:
             print(describe_run(run), flush=True)
         train(run)
-    except (ConfigError, DataError, TrainingError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -95,11 +95,16 @@ class CheckpointStore:
 
         return _on_rank_zero(complete)
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint, None without any; damaged ones are passed over with a warning."""
+    def latest(self, *, resuming: bool = False) -> Path | None:
+        """The newest whole checkpoint, None without any; damaged ones are passed over with a warning.
+
+        With `resuming` it first removes what a killed save left. Leave it False where only reading is meant, such as
+        evaluation: the run may be alive and in the middle of a save.
+        """
 
         def newest() -> Path | None:
-            clean_leftovers(self.root)
+            if resuming:
+                clean_leftovers(self.root)
             steps = complete_steps(self.root)
             return self.root / step_name(steps[-1]) if steps else None
 
@@ -168,7 +173,7 @@ def _on_rank_zero[T](work: Callable[[], T]) -> T:
             answer[0] = work()
         except CheckpointError as error:
             answer[1] = str(error)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             answer[1] = f"The checkpoint folder cannot be used: {error}."
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
@@ -231,7 +236,7 @@ def _layout() -> dict[str, int]:
 def _allocate_moments(optimizer: Any) -> None:
     """Give Adam its zero moments if it has not stepped yet, so that a save before the first step is whole too."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.is_stub_optimizer:
+        if not part.is_stub_optimizer and part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
 
 

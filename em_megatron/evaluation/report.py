@@ -58,8 +58,9 @@ def _table(run: Restored, found: dict[str, Any]) -> str:
         f"  {found['bits_per_byte']:.4f} bits per byte",
     ]
     for name, value in found.get("references", {}).items():
-        lower = 1 - found["bits_per_byte"] / value
-        lines.append(f"  {value:.4f} bits per byte: {REFERENCES[name]} (this model is {lower:.1%} lower)")
+        share = found["bits_per_byte"] / value - 1
+        side = "lower" if share < 0 else "higher"
+        lines.append(f"  {value:.4f} bits per byte: {REFERENCES[name]} (this model is {abs(share):.1%} {side})")
     lines.append("  position in the document   perplexity")
     for row in found["positions"]:
         lines.append(f"  {row['start']:>10,} to {row['stop'] - 1:<10,}  {row['perplexity']:10.2f}")

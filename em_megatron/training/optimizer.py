@@ -12,11 +12,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from em_megatron.config import RunConfig
 from em_megatron.model.language_model import PRECISIONS
+from em_megatron.parallel import fused_adamw
 from em_megatron.validate import decay_steps
 
 
 def build_optimizer(config: RunConfig, model_chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> Any:
     """AdamW over DDP-wrapped chunks, its state sharded over data-parallel ranks on request."""
+    fused_adamw.install()  # where neither Transformer Engine nor apex brings one
     options = config.optimizer
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",

@@ -133,7 +133,8 @@ def set_up(config: RunConfig, world_size: int) -> Run:
     parallel = config.parallel
     layout = initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     device = cpu_backend.device()
-    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+    # Dropout differs between stages and data-parallel ranks; Megatron's tracker sees to tensor ranks.
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed + layout.pp_rank * layout.dp_size + layout.dp_rank)
     model = wrap_for_training(config, build_chunks(config, layout, corpus.vocabulary.size), layout)
     optimizer = build_optimizer(config, model, layout.pg_collection)
     run = Run(
@@ -192,7 +193,7 @@ def connect_schedule(model: list[torch.nn.Module], optimizer: Any) -> None:
 
 def _resume(run: Run) -> None:
     """Loads the newest complete checkpoint, if there is one and the recipe allows."""
-    newest = run.store.latest()
+    newest = run.store.latest(resuming=True)
     if newest is None:
         return
     if not run.config.checkpoint.resume:

@@ -64,7 +64,7 @@ def save(store: CheckpointStore, run: Any) -> Path:
 
 
 def resume(store: CheckpointStore, run: Any) -> dict[str, Any]:
-    newest = store.latest()
+    newest = store.latest(resuming=True)
     assert newest is not None
     state = store.load(newest, model_chunks=run.chunks, optimizer=run.optimizer, scheduler=run.scheduler)
     run.step = state["step"]
@@ -181,7 +181,11 @@ def go_on_after_death(root: Path) -> tuple[Steps, Steps, list[str]]:
     never_stopped = trainer(LAYOUTS["vpp2"], OPTIMIZERS["distributed"]).train(4)
     store = CheckpointStore(root, keep_last=2)
     run = trainer(LAYOUTS["vpp2"], OPTIMIZERS["distributed"], seed=8)
+    store.latest()
+    assert (root / ".step_00000003.writing").is_dir(), "only looking must not touch a save that may be going on"
+    dist.barrier()
     resume(store, run)
+    assert not (root / ".step_00000003.writing").exists()
     resumed = run.train(2)
     save(store, run)
     return never_stopped[2:], resumed, sorted(path.name for path in root.iterdir())

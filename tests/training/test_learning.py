@@ -22,8 +22,8 @@ def answer_loss(corpus, runs, *overrides: str) -> float:
     config = run_config(
         corpus,
         runs,
-        "model.kv_channels=16",
-        "training.train_steps=300",
+        "model.init_method_std=0.1",
+        "training.train_steps=160",
         "training.global_batch_size=16",
         "training.micro_batch_size=16",
         "optimizer.lr=5e-3",

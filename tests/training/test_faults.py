@@ -1,0 +1,100 @@
+"""Bad input while training: one clear sentence, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from em_megatron.data.manifest import DataError
+from em_megatron.parallel.process_groups import shutdown
+from em_megatron.training.loop import train
+from em_megatron.training.setup import Corpus, set_up
+from em_megatron.training.step import TrainingError
+from tests.tokenizer.small_corpus import train_model, write_texts
+from tests.training.corpora import recipe, run_config
+
+
+def test_nan_stops_the_run_before_weights_change(chain_corpus, tmp_path):
+    config = run_config(chain_corpus, tmp_path, "checkpoint.save_interval=2", "training.stop_after_steps=2")
+    try:
+        run = set_up(config, world_size=1)
+        train(run)
+        config.training.stop_after_steps = 0
+        weight = dict(run.model[0].named_parameters())["module.decoder.final_norm.weight"]
+        with torch.no_grad():
+            weight[0] = float("nan")
+        before = {name: p.detach().clone() for name, p in run.model[0].named_parameters()}
+        with pytest.raises(TrainingError, match=r"step 3 \(samples 8 to 11\): the loss is nan; no weight was changed"):
+            train(run)
+        for name, parameter in run.model[0].named_parameters():
+            assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+        assert run.store.latest().name == "step_00000002"
+    finally:
+        shutdown()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_damaged_shard_is_named(chain_corpus, tmp_path, damage):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(chain_corpus, corpus)
+    shard = corpus / "train-000000.tar"
+    content = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        shard.write_bytes(content[:middle] if damage == "truncated" else flipped)
+    path = recipe(tmp_path / "recipe.yaml", corpus)
+    done = subprocess.run(
+        [sys.executable, "launch/pretrain.py", str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "train-000000.tar" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_tokenizer_is_refused(chain_corpus, tmp_path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(chain_corpus, corpus)
+    texts = write_texts(tmp_path / "texts", files=10, words=300, seed=9)
+    train_model(texts, corpus / "tokenizer.model")
+    with pytest.raises(DataError, match="tokenizer"):
+        Corpus.open(corpus)
+
+
+def test_metrics_tell_one_straight_story(chain_corpus, tmp_path):
+    """A run in three calls writes the rows of one call, without the rows a kill left behind."""
+    rows = {}
+    try:
+        for name, stops in (("whole", [0]), ("pieces", [3, 4, 0])):
+            for stop in stops:
+                config = run_config(
+                    chain_corpus,
+                    tmp_path,
+                    f"name={name}",
+                    "training.train_steps=10",
+                    f"training.stop_after_steps={stop}",
+                )
+                train(set_up(config, world_size=1))
+                shutdown()
+                metrics = tmp_path / name / "metrics.jsonl"
+                if stop:
+                    with metrics.open("a") as file:
+                        file.write('{"kind": "train", "step": 9, "loss": 0.0}\n{"kind": "tra')
+            read = [json.loads(line) for line in metrics.read_text().splitlines()]
+            rows[name] = [(row["kind"], row["step"], row["loss"], row.get("consumed_tokens")) for row in read]
+    finally:
+        shutdown()
+    stories = {name: [row for row in found if row[0] == "train"] for name, found in rows.items()}
+    assert stories["pieces"] == stories["whole"]
+    assert [row[1] for row in stories["whole"]] == list(range(1, 11))
+    for picture in ("loss.png", "positions.png", "config.yaml", "tokenizer.model"):
+        assert (tmp_path / "whole" / picture).stat().st_size > 0

@@ -1,0 +1,92 @@
+"""Every layout trains the same model: losses, gradient norms and validation of 20 steps against one rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from em_megatron.parallel.process_groups import shutdown
+from em_megatron.training.loop import train
+from em_megatron.training.setup import set_up
+from tests.multi_rank import run_ranks
+from tests.training.corpora import run_config
+
+# fp32 losses of order 5: sums in another order differ by some 1e-7 relative, and 20 steps at a high rate amplify that.
+TOLERANCE = 1e-5
+
+LAYOUTS = {
+    "tensor 2": ("parallel.tensor_model_parallel_size=2",),
+    "tensor 2, sequence parallel, qk norm": (
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.sequence_parallel=true",
+        "model.qk_layernorm=true",
+    ),
+    "pipeline 2": ("parallel.pipeline_model_parallel_size=2",),
+    "pipeline 2, tied": (
+        "parallel.pipeline_model_parallel_size=2",
+        "model.share_embeddings_and_output_weights=true",
+    ),
+    "data 2": (),
+    "data 2, distributed optimizer, full recompute": (
+        "parallel.use_distributed_optimizer=true",
+        "training.recompute=full",
+    ),
+    "tensor 2, selective recompute": (
+        "parallel.tensor_model_parallel_size=2",
+        "training.recompute=selective",
+    ),
+}
+MODEL_ONLY = ("model.",)
+
+
+def losses_of_runs(corpus: Path, folder: Path, settings: list[tuple[str, ...]]) -> list[list[dict]]:
+    """Trains one run per setting on the ranks at hand; their metrics."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    found = []
+    for index, overrides in enumerate(settings):
+        config = run_config(corpus, folder, f"name=run{index}", *overrides)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        train(set_up(config, world))
+        parallel_state.destroy_model_parallel()
+        dist.barrier()
+        rows = (folder / f"run{index}" / "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(row) for row in rows])
+    return found
+
+
+def without_layout(overrides: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(item for item in overrides if item.startswith(MODEL_ONLY))
+
+
+@pytest.fixture(scope="module")
+def runs(chain_corpus, tmp_path_factory) -> tuple[dict, dict]:
+    """Metrics per layout, on two ranks and on one."""
+    on_two = run_ranks(
+        losses_of_runs, 2, chain_corpus, tmp_path_factory.mktemp("two"), list(LAYOUTS.values()), timeout=280
+    )[0]
+    kinds = sorted({without_layout(overrides) for overrides in LAYOUTS.values()})
+    try:
+        on_one = losses_of_runs(chain_corpus, tmp_path_factory.mktemp("one"), kinds)
+    finally:
+        shutdown()
+    return dict(zip(LAYOUTS, on_two, strict=True)), dict(zip(kinds, on_one, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_train_as_one(runs, layout):
+    on_two, on_one = runs
+    expected = on_one[without_layout(LAYOUTS[layout])]
+    actual = on_two[layout]
+    assert [row["kind"] for row in actual] == [row["kind"] for row in expected]
+    assert len([row for row in actual if row["kind"] == "train"]) == 20
+    for ours, truth in zip(actual, expected, strict=True):
+        # A later gradient norm is taken at weights that already differ by rounding; the losses follow it instead.
+        for name in ("loss", "bits_per_byte", *(["grad_norm"] if truth["step"] == 1 else [])):
+            if name in truth:
+                assert ours[name] == pytest.approx(truth[name], rel=TOLERANCE), (name, truth["step"])
+        for name in ("step", "consumed_samples", "consumed_tokens", "learning_rate", "tokens", "bytes"):
+            assert ours.get(name) == truth.get(name)
