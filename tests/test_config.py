@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +99,8 @@ def test_memory_layers_and_floats():
     assert memory_layers(tiny_config("memory.layers=0,3-5").memory, 8) == (0, 3, 4, 5)
     assert memory_layers(tiny_config("memory.kind=block_local").memory, 8) == ()
     assert len(TINY) > 10
+
+
+@pytest.mark.parametrize("recipe", sorted(Path("launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_repo_is_valid(recipe):
+    validate(load_config(recipe), world_size=8 if recipe.stem != "quickstart" else 2)
