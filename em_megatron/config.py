@@ -62,7 +62,7 @@ class MemoryConfig:
     layers: str = option("all", "layers with memory: all, none, or numbers from 0 and ranges such as 0,4-7")
     detach_memory: bool = option(False, "cut the gradient through the memory")
     discretization: str = option("exact", "exact, zero_order_hold, bilinear, forward_euler, backward_euler")
-    superchunk: int = option(0, "blocks computed at once, 0: chosen by cost; never changes the result")
+    superchunk: int = option(0, "blocks computed at once, 0: chosen by cost; the same numbers up to rounding")
     bank_dtype: str = option("compute", "dtype of the memory's matrices: compute (that of the activations), fp32")
     bank_cache: str | None = option(
         "~/.cache/em_megatron/banks", "folder that keeps the matrices between runs; null: none"
@@ -122,7 +122,9 @@ class CheckpointConfig:
 
     save_interval: int = option(500, "steps between checkpoints; the last step always saves")
     keep_last: int = option(2, "complete checkpoints kept")
-    resume: bool = option(True, "go on from the newest complete checkpoint of this run")
+    resume: bool = option(
+        True, "go on from the newest complete checkpoint of this run; false refuses where there is one"
+    )
 
 
 @dataclass
@@ -223,6 +225,8 @@ def _options(cls: type, prefix: str) -> Iterator[tuple[str, object, str]]:
 
 def _one_sentence(error: OmegaConfBaseException) -> str:
     key = error.full_key or ""
+    if not key:
+        return "a section of the recipe is given a plain value: write section.key=value, or a mapping in YAML"
     if "not in" in str(error):
         close = difflib.get_close_matches(key, [name for name, _, _ in _options(RunConfig, "")], n=1, cutoff=0.5)
         return f"unknown config key '{key}'" + (

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from operator import attrgetter
+
 import torch
 
 from em_megatron.config import ConfigError, MemoryConfig, RunConfig
+from em_megatron.hippo.cost_model import plan
 from em_megatron.hippo.samplers import sampler_points
 from em_megatron.model.sizes import memory_layers, shape_of
 
@@ -38,6 +42,19 @@ AT_LEAST_ONE = [
     "checkpoint.save_interval",
     "checkpoint.keep_last",
     "logging.interval",
+]
+
+
+AT_LEAST_ZERO = [
+    "seed",
+    "memory.superchunk",
+    "data.prefetch",
+    "training.stop_after_steps",
+    "optimizer.wsd_decay_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "validation.interval",
+    "validation.samples",
 ]
 
 
@@ -75,8 +92,7 @@ def points_of(memory: MemoryConfig) -> torch.Tensor:
 
 
 def _value(config: RunConfig, key: str) -> object:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return attrgetter(key)(config)
 
 
 def _check_values(config: RunConfig) -> None:
@@ -88,8 +104,23 @@ def _check_values(config: RunConfig) -> None:
         assert isinstance(value, int)
         if value < 1:
             raise ConfigError(f"{key} is {value}: it must be at least 1")
-    if not config.name or "/" in config.name:
-        raise ConfigError(f"name '{config.name}' cannot name a folder: use a plain word")
+    for key in AT_LEAST_ZERO:
+        value = _value(config, key)
+        assert isinstance(value, int | float)
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"{key} is {value}: it must be at least 0")
+    for key in ("model.hidden_dropout", "optimizer.beta1", "optimizer.beta2"):
+        value = _value(config, key)
+        assert isinstance(value, float)
+        if not 0 <= value < 1:
+            raise ConfigError(f"{key} is {value}: it must be at least 0 and below 1")
+    for key in ("model.rotary_base", "model.layernorm_epsilon", "model.init_method_std", "optimizer.epsilon"):
+        value = _value(config, key)
+        assert isinstance(value, float)
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{key} is {value}: it must be above 0")
+    if not re.fullmatch(r"\w[\w.-]*", config.name):
+        raise ConfigError(f"name '{config.name}' cannot name a folder: use letters, digits, dot, dash, underscore")
 
 
 def _check_shape(config: RunConfig) -> None:
@@ -106,6 +137,16 @@ def _check_shape(config: RunConfig) -> None:
             f"data.sequence_length {data.sequence_length} is not a multiple of memory.block_length "
             f"{memory.block_length}: choose a whole number of blocks"
         )
+    blocks = data.sequence_length // memory.block_length
+    if memory.superchunk > blocks:
+        raise ConfigError(
+            f"memory.superchunk {memory.superchunk} is more than the {blocks} blocks of a sample: 0 chooses"
+        )
+    if memory_layers(memory, shape.num_layers) and not memory.superchunk:
+        try:
+            plan(blocks, memory.order, memory.slots, memory.block_length)
+        except ValueError as error:
+            raise ConfigError(f"memory: {error}") from None
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:

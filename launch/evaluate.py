@@ -14,7 +14,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description="Reads the held-out documents once and reports loss, perplexity and bits per byte, overall and by "
-        "position in the document, as a table, JSON and PNG. Alone or under torchrun (ranks share the samples). The "
+        "position in the context, as a table, JSON and PNG. Alone or under torchrun (ranks share the samples). The "
         "memory's reader can be changed without retraining: memory.slots=64 memory.sampler=uniform memory.order=32.",
     )
     parser.add_argument("checkpoint", type=Path, help="run folder, or one of its checkpoints/step_*")
@@ -32,20 +32,21 @@ def main() -> int:
     from em_megatron.checkpoint.folder import CheckpointError
     from em_megatron.data.manifest import DataError
     from em_megatron.evaluation.report import evaluate_checkpoint, write_report
+    from em_megatron.parallel.launcher import end_with_launcher, leave
     from em_megatron.parallel.process_groups import shutdown
     from em_megatron.training.restore import restore
 
+    end_with_launcher()
     try:
+        if arguments.samples and arguments.reference_models:
+            raise ConfigError("--reference-models are scored on the whole held-out split: leave --samples out")
         run = restore(arguments.checkpoint, arguments.overrides, world_size)
         found = evaluate_checkpoint(run, arguments.samples, arguments.reference_models and rank == 0)
         if rank == 0:
             print(write_report(run, found, arguments.output or run.checkpoint.parent.parent / "evaluation"))
     except (ConfigError, CheckpointError, DataError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        shutdown()
+        leave(error, 2, on_all_ranks=not isinstance(error, DataError))
+    shutdown()
     return 0
 
 

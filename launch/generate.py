@@ -46,16 +46,21 @@ def main() -> int:
     from em_megatron.checkpoint.folder import CheckpointError
     from em_megatron.data.manifest import DataError
     from em_megatron.evaluation.generation import Generator, Sampling, stream_text
+    from em_megatron.parallel.launcher import end_with_launcher, leave
     from em_megatron.parallel.process_groups import shutdown
     from em_megatron.training.restore import restore
 
+    end_with_launcher()
     try:
+        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+        sampling.check()
         text = prompt_text(arguments)
         run = restore(arguments.checkpoint, arguments.overrides, world_size)
         if run.layout.pp_size > 1 or run.layout.dp_size > 1:
             raise ConfigError("generation runs on one process, or on tensor_model_parallel_size = all of them")
+        if run.config.parallel.sequence_parallel:
+            raise ConfigError("one token cannot be split along the sequence: leave parallel.sequence_parallel out")
         generator = Generator(run.model[0], run.vocabulary)
-        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
         logits = generator.read([run.vocabulary.bos_id, *run.vocabulary.encode(text)])
         show = (lambda piece: print(piece, end="", flush=True)) if rank == 0 else (lambda piece: None)
         show(text)
@@ -63,11 +68,8 @@ def main() -> int:
             show(piece)
         show("\n")
     except (ConfigError, CheckpointError, DataError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        shutdown()
+        leave(error, 2, on_all_ranks=not isinstance(error, DataError))
+    shutdown()
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 
 from em_megatron.config import ConfigError, RunConfig, describe_options, load_config
 
@@ -39,7 +40,7 @@ def main() -> int:
 
     from em_megatron.checkpoint.folder import CheckpointError
     from em_megatron.data.manifest import DataError
-    from em_megatron.parallel.launcher import end_with_launcher
+    from em_megatron.parallel.launcher import end_with_launcher, leave
     from em_megatron.parallel.process_groups import shutdown
     from em_megatron.training.loop import train
     from em_megatron.training.report import describe_run
@@ -53,11 +54,11 @@ def main() -> int:
             print(describe_run(run), flush=True)
         train(run)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    finally:
-        shutdown()
+        leave(error, 2 if isinstance(error, ConfigError) else 1, on_all_ranks=not isinstance(error, DataError))
+    except BaseException as error:
+        traceback.print_exc()
+        leave(error, 1, on_all_ranks=False)
+    shutdown()
     return 0
 
 

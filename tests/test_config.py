@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,22 @@ def test_memory_layers_and_floats():
 @pytest.mark.parametrize("recipe", sorted(Path("launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_of_the_repo_is_valid(recipe):
     validate(load_config(recipe), world_size=8 if recipe.stem != "quickstart" else 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("memory.superchunk=9", "more than the 5 blocks of a sample"),
+        ("memory.superchunk=-1", "must be at least 0"),
+        ("seed=-1", "seed is -1: it must be at least 0"),
+        ("validation.interval=-1", "must be at least 0"),
+        ("model.hidden_dropout=1.5", "must be at least 0 and below 1"),
+        ("optimizer.beta1=1.0", "must be at least 0 and below 1"),
+        ("optimizer.epsilon=0.0", "must be above 0"),
+        ("name=..", "cannot name a folder"),
+        ("model=tiny", "write section.key=value"),
+    ],
+)
+def test_values_out_of_range_are_refused(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(tiny_config(override), world_size=1)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -83,8 +84,14 @@ class CheckpointStore:
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=dict(_METADATA))
         state["scheduler"] = scheduler.state_dict()
         state[_RNG_KEY] = _sharded_rng()
-        with _results_in_this_process():
-            dist_checkpointing.save(state, str(writing), _parallel_over_replicas())
+        try:
+            with _results_in_this_process():
+                dist_checkpointing.save(state, str(writing), _parallel_over_replicas())
+        except CheckpointException as error:  # a BaseException: no caller's handler would see it
+            reason = next((str(failure[0]) for failure in error.failures.values()), "unknown reason")
+            raise CheckpointError(
+                f"{writing} could not be written ({reason}); the checkpoints before it are whole"
+            ) from None
 
         def complete() -> Path:
             texts = {"train_state.json": document, "config.yaml": config_text}

@@ -111,11 +111,14 @@ class TokenStream:
         epoch = self.epoch(number)
         return self._build(epoch.packed, int(epoch.order[index]))
 
-    def validation_samples(self) -> Iterator[Sample]:
-        """Every sample of the corpus once, in the corpus' own order whatever `shuffle` says, as `sample` gives them."""
+    def validation_samples(self, start: int = 0, stop: int | None = None, step: int = 1) -> Iterator[Sample]:
+        """Every sample of the corpus once, in the corpus' own order whatever `shuffle` says, as `sample` gives them.
+
+        start, stop, step choose among them as in a slice: data-parallel ranks build only their own.
+        """
         lengths = self.reader.document_lengths
         packed = pack(lengths, np.arange(len(lengths)), self.sequence_length, self.block_length)
-        for index in range(packed.num_samples):
+        for index in range(packed.num_samples)[start:stop:step]:
             yield self._build(packed, index)
 
     def _build(self, packed: PackedIndex, index: int) -> Sample:

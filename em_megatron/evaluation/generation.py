@@ -71,7 +71,6 @@ class Generator:
 
     def write(self, logits: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
         """New ids one by one, until the end of the document or `max_new_tokens`."""
-        sampling.check()
         generator = torch.Generator().manual_seed(sampling.seed)
         for left in range(max_new_tokens, 0, -1):
             token = int(choose(logits, sampling, generator))

@@ -1,4 +1,7 @@
-"""Held-out loss, perplexity and bits per byte, overall and by position in the document."""
+"""Held-out loss, perplexity and bits per byte, overall and by position in the context.
+
+A document longer than a sample is cut, and the memory of each piece starts empty: the position counts from there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 from em_megatron.config import RunConfig
-from em_megatron.data.stream import Sample, TokenStream, collate
+from em_megatron.data.stream import TokenStream, collate
 from em_megatron.parallel.process_groups import Layout
 from em_megatron.training.loss import sum_over_world
 from em_megatron.training.metrics import perplexity
@@ -22,7 +25,7 @@ POSITION_BINS_PER_BLOCK = 2
 
 
 class PositionTally:
-    """Sums of loss, tokens and text bytes in bins of the position in the document."""
+    """Sums of loss, tokens and text bytes in bins of the position in the context."""
 
     def __init__(self, bins: int, bin_width: int, token_bytes: Tensor) -> None:
         self.bin_width, self.token_bytes = bin_width, token_bytes
@@ -84,22 +87,22 @@ def evaluate(
     device = next(model[0].parameters()).device
     width = max(1, config.memory.block_length // POSITION_BINS_PER_BLOCK)
     tally = PositionTally(-(-config.data.sequence_length // width), width, token_bytes.to(device, torch.float64))
-    samples = islice(stream.validation_samples(), max_samples or None)
+    was_training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
-        for batch in _my_batches(samples, layout, config, device):
+        for batch in _my_batches(stream, max_samples, layout, config, device):
             size = batch.tokens.shape[0]
             for losses in run_schedule(token_loss_step, iter([batch]), model, config, 1, size, forward_only=True):
                 tally.add(batch, losses)
-    for chunk in model:
-        chunk.train()
+    for chunk, training in zip(model, was_training, strict=True):
+        chunk.train(training)
     return summarise(sum_over_world(tally.sums, is_reporting_rank(layout)), width)
 
 
 def _my_batches(
-    samples: Iterator[Sample], layout: Layout, config: RunConfig, device: torch.device
+    stream: TokenStream, max_samples: int, layout: Layout, config: RunConfig, device: torch.device
 ) -> Iterator[MicroBatch]:
-    mine = islice(samples, layout.dp_rank, None, layout.dp_size)
+    mine = stream.validation_samples(layout.dp_rank, max_samples or None, layout.dp_size)
     while group := list(islice(mine, config.training.micro_batch_size)):
         yield MicroBatch.from_batch(collate(group), config.memory.block_length, device)

@@ -11,6 +11,7 @@ import torch
 from em_megatron.evaluation.perplexity import evaluate
 from em_megatron.evaluation.reference_models import reference_bits_per_byte
 from em_megatron.model.sizes import memory_floats_per_sequence
+from em_megatron.training.metrics import finite
 from em_megatron.training.plots import plot_positions
 from em_megatron.training.restore import Restored, as_row, reader_of
 from em_megatron.training.setup import Corpus
@@ -44,7 +45,7 @@ def write_report(run: Restored, found: dict[str, Any], folder: Path) -> str:
         "memory_floats_per_sequence": memory_floats_per_sequence(run.config.model, run.config.memory),
         **found,
     }
-    (folder / "evaluation.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / "evaluation.json").write_text(json.dumps(finite(document), indent=1) + "\n")
     plot_positions(found["positions"], folder / "positions.png", block_length=run.config.memory.block_length)
     return _table(run, found) + f"\nreport in {folder}"
 
@@ -61,7 +62,7 @@ def _table(run: Restored, found: dict[str, Any]) -> str:
         share = found["bits_per_byte"] / value - 1
         side = "lower" if share < 0 else "higher"
         lines.append(f"  {value:.4f} bits per byte: {REFERENCES[name]} (this model is {abs(share):.1%} {side})")
-    lines.append("  position in the document   perplexity")
+    lines.append("  position in the context    perplexity")
     for row in found["positions"]:
         lines.append(f"  {row['start']:>10,} to {row['stop'] - 1:<10,}  {row['perplexity']:10.2f}")
     return "\n".join(lines)

@@ -43,7 +43,8 @@ class Superchunk:
     read_carry: A(i) stacked over i, [m·S, N]; None if start_block is 0, where there is no history.
     triangle: level l with w = 2^l is [pairs, w·S, w·L], pairs = number of p with (2p+1)w < m; rows of the last pair
         that belong to blocks ≥ m are zero. Empty for m = 1.
-    carry, inject: [N, N] and [N, m·L], state at start → state at end. Built when first used, because the last
+    carry, inject: [N, N] and [N, m·L], state at start → state at end, in fp32 or better: what a block adds to a long
+        history is less than bf16 can tell from nothing. Built when first used, because the last
         superchunk (in the parallel form the only one) never needs them. carry is zero if start_block is 0.
     """
 
@@ -127,7 +128,8 @@ class MemoryBanks:
         key = (block, dtype, torch.device(device))
         if key not in self._steps:
             with torch.inference_mode(False):
-                carry, inject = self._carry(block, 1), self._inject(block, 1)
+                # Not kept on disk: an endless generation would fill it with one square matrix per block.
+                carry, inject = self._carry(block, 1, keep=False), self._inject(block, 1)
                 self._steps[key] = carry.to(key[2], dtype), inject.to(key[2], dtype)
             if len(self._steps) > _STEPS_KEPT:
                 self._steps.popitem(last=False)
@@ -140,7 +142,7 @@ class MemoryBanks:
 
     def _make_superchunk(self, start: int, blocks: int, dtype: torch.dtype, device: torch.device) -> Superchunk:
         triangle = self._cached("triangle", start, blocks, lambda: self._triangle(start, blocks)) if blocks > 1 else []
-        read_carry = None
+        read_carry, state_dtype = None, torch.promote_types(dtype, torch.float32)
         if start > 0:
             (rows,) = self._cached("read_carry", start, blocks, lambda: [self._read_carry(start, blocks)])
             read_carry = rows.to(device, dtype)
@@ -149,8 +151,8 @@ class MemoryBanks:
             num_blocks=blocks,
             read_carry=read_carry,
             triangle=tuple(level.to(device, dtype) for level in triangle),
-            _build_carry=lambda: self._carry(start, blocks).to(device, dtype),
-            _build_inject=lambda: self._inject(start, blocks).to(device, dtype),
+            _build_carry=lambda: self._carry(start, blocks).to(device, state_dtype),
+            _build_inject=lambda: self._inject(start, blocks).to(device, state_dtype),
         )
 
     def _read_carry(self, start: int, blocks: int) -> Tensor:
@@ -187,13 +189,13 @@ class MemoryBanks:
             row[:, first - begin : first - begin + piece.shape[1]] = self._read @ piece
         return row
 
-    def _carry(self, start: int, blocks: int) -> Tensor:
+    def _carry(self, start: int, blocks: int, keep: bool = True) -> Tensor:
         t0, t1 = start * self.block_length, (start + blocks) * self.block_length
 
         def build() -> list[Tensor]:
             return [recurrences.carry(self.discretization, self.order, t0, t1)]
 
-        return (build() if t0 == 0 else self._cached("carry", start, blocks, build))[0]
+        return (build() if t0 == 0 or not keep else self._cached("carry", start, blocks, build))[0]
 
     def _inject(self, start: int, blocks: int) -> Tensor:
         t0, t1 = start * self.block_length, (start + blocks) * self.block_length

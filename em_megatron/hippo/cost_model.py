@@ -4,6 +4,8 @@ One linear map has many factorisations. A superchunk of m blocks reads M_i = A(i
 C ← carry C + inject X. m = 1 is the recurrence, m = num_blocks has no state at all, and the numbers are the same.
 """
 
+from functools import lru_cache
+
 
 def memory_cost(num_blocks: int, superchunk: int, order: int, slots: int, block_length: int) -> int:
     """Multiply-adds per channel of the memory of `num_blocks` blocks, done `superchunk` blocks at a time.
@@ -36,6 +38,7 @@ def bank_elements(num_blocks: int, superchunk: int, order: int, slots: int, bloc
     return elements
 
 
+@lru_cache(maxsize=256)
 def plan(
     num_blocks: int,
     order: int,
@@ -55,7 +58,7 @@ def plan(
     if not fitting:
         raise ValueError(
             f"The memory matrices of {num_blocks} blocks at order {order} need at least {min(needed.values())} bytes "
-            f"and the limit is {bank_bytes_limit}; raise bank_bytes_limit, or lower the order, slots or context."
+            f"and the limit is {bank_bytes_limit}; lower the order, the slots or the context."
         )
     return min(fitting, key=lambda m: (memory_cost(num_blocks, m, order, slots, block_length), -m))
 

@@ -43,7 +43,7 @@ class LayerMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held, whatever was read so far."""
+        """Bytes held; the same from the end of the first block on, whatever is read."""
         held = (self.block, self.state, self.slots)
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 

@@ -9,69 +9,81 @@ import uuid
 
 import torch
 
+from em_megatron.checkpoint.folder import complete_steps, step_name
+from em_megatron.data.stream import TokenStream
 from em_megatron.evaluation.perplexity import evaluate
 from em_megatron.model.sizes import flops_per_token, memory_floats_per_sequence, padded_vocab_size
 from em_megatron.training.metrics import MetricLog, Throughput
 from em_megatron.training.setup import Run
-from em_megatron.training.step import TrainingError, train_step
+from em_megatron.training.step import StepResult, TrainingError, train_step
 
 
 def train(run: Run) -> None:
     """Trains `run` from where it stands to its last step, or for `training.stop_after_steps`.
 
     Raises:
-        TrainingError: loss or gradient not finite. The newest checkpoint and the batch's samples are named.
+        TrainingError: loss or gradient not finite; names the batch's samples and the newest checkpoint.
+        DataError: a shard turned out to be damaged.
     """
     config, state = run.config, run.state
     last_step = config.training.train_steps
     if config.training.stop_after_steps:
         last_step = min(last_step, state.step + config.training.stop_after_steps)
     state.wandb_id = state.wandb_id or uuid.uuid4().hex[:12]
-    metrics = MetricLog(config, state.step, state.wandb_id, active=torch.distributed.get_rank() == 0)
-    memory_floats = memory_floats_per_sequence(config.model, config.memory)
-    speed = _throughput(run)
     data = run.training_data()
-    validation = run.corpus.stream(config, "validation") if config.validation.interval else None
+    held_out = run.corpus.stream(config, "validation") if config.validation.interval else None
+    metrics = MetricLog(config, state.step, state.wandb_id, active=torch.distributed.get_rank() == 0)
+    speed, tokens_since_row, exit_code = _throughput(run), 0, 1
     try:
-        tokens_since_row = 0
         while state.step < last_step:
-            first_sample = state.consumed_samples
             try:
                 result = train_step(config, run.layout, run.model, run.optimizer, run.scheduler, data)
             except TrainingError as error:
-                last_sample = first_sample + config.training.global_batch_size - 1
-                raise TrainingError(
-                    f"step {state.step + 1} (samples {first_sample} to {last_sample}): {error}; "
-                    f"the newest checkpoint in {run.store.root} is whole: lower optimizer.lr or look at the samples"
-                ) from None
+                raise TrainingError(_explain(run, error)) from None
             state.step += 1
             state.consumed_samples += config.training.global_batch_size
             state.consumed_tokens += result.tokens
             tokens_since_row += result.tokens
             ends = state.step == last_step
-            if state.step % config.logging.interval == 0 or ends:
-                row = {
-                    "step": state.step,
-                    "loss": result.loss,
-                    "grad_norm": result.grad_norm,
-                    "learning_rate": float(run.optimizer.param_groups[0]["lr"]),
-                    "consumed_samples": state.consumed_samples,
-                    "consumed_tokens": state.consumed_tokens,
-                    **speed.read(tokens_since_row),
-                    "memory_floats_per_sequence": memory_floats,
-                }
-                metrics.train_row(row, steps_done=(state.step - 1) % config.logging.interval + 1)
+            if ends or state.step % config.logging.interval == 0:
+                metrics.train_row(_row(run, result) | speed.read(tokens_since_row))
                 tokens_since_row = 0
-            if validation is not None and (ends or state.step % config.validation.interval == 0):
-                token_bytes = torch.as_tensor(run.corpus.vocabulary.token_bytes)
-                held_out = evaluate(config, run.layout, run.model, validation, token_bytes, config.validation.samples)
-                metrics.validation_row({"step": state.step, **held_out})
-                speed.restart()
+            if held_out is not None and (ends or state.step % config.validation.interval == 0):
+                with speed.paused():
+                    metrics.validation_row({"step": state.step} | _validate(run, held_out))
             if ends or state.step % config.checkpoint.save_interval == 0:
-                run.save()
-                speed.restart()
+                with speed.paused():
+                    run.save()
+        exit_code = 0
     finally:
-        metrics.close()
+        data.close()
+        metrics.close(exit_code)
+
+
+def _row(run: Run, result: StepResult) -> dict[str, float]:
+    return {
+        "step": run.state.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": float(run.optimizer.param_groups[0]["lr"]),
+        "consumed_samples": run.state.consumed_samples,
+        "consumed_tokens": run.state.consumed_tokens,
+        "memory_floats_per_sequence": memory_floats_per_sequence(run.config.model, run.config.memory),
+    }
+
+
+def _validate(run: Run, held_out: TokenStream) -> dict[str, object]:
+    token_bytes = torch.as_tensor(run.corpus.vocabulary.token_bytes)
+    return evaluate(run.config, run.layout, run.model, held_out, token_bytes, run.config.validation.samples)
+
+
+def _explain(run: Run, error: TrainingError) -> str:
+    first = run.state.consumed_samples
+    last = first + run.config.training.global_batch_size - 1
+    steps = complete_steps(run.store.root)
+    newest = f"{run.store.root / step_name(steps[-1])} is whole" if steps else "no checkpoint was written yet"
+    step = run.state.step + 1
+    return f"step {step} (samples {first} to {last}): {error}; {newest}: lower optimizer.lr or look at the samples"
 
 
 def _throughput(run: Run) -> Throughput:

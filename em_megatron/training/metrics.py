@@ -6,13 +6,19 @@ import json
 import logging
 import math
 import os
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from em_megatron.config import RunConfig, config_text
 
 log = logging.getLogger(__name__)
+
+WANDB_SECONDS = 60
 
 # Dense bf16 peak of one device in FLOP/s (vendor data sheets, without sparsity), for model FLOPs utilisation.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2250e12}
@@ -27,7 +33,7 @@ class MetricLog:
     """Rows of a run, in every place a user looks. On ranks other than 0 it does nothing.
 
     After a resume, rows later than the checkpoint are dropped from metrics.jsonl: the file tells one straight story.
-    A failing TensorBoard or wandb never stops training.
+    A failing TensorBoard, wandb or plot is warned of once and left out; it never stops training.
     """
 
     def __init__(self, config: RunConfig, step: int, wandb_id: str, active: bool) -> None:
@@ -36,15 +42,15 @@ class MetricLog:
             return
         self.path = config.run_dir / "metrics.jsonl"
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        (config.run_dir / "config.yaml").write_text(config_text(config))
+        _replace_text(config.run_dir / "config.yaml", config_text(config))
         _drop_rows_after(self.path, step)
         self._file = self.path.open("a")
-        self._tensorboard = _open_tensorboard(config, step)
-        self._wandb = _open_wandb(config, wandb_id)
+        self._tensorboard: Any = _attempt("TensorBoard", lambda: _open_tensorboard(config, step))
+        self._wandb: Any = _attempt("wandb", lambda: _open_wandb(config, wandb_id))
         self._bar = _open_bar(config, step)
 
-    def train_row(self, row: dict[str, Any], steps_done: int) -> None:
-        """One training row; moves the bar by `steps_done`."""
+    def train_row(self, row: dict[str, Any]) -> None:
+        """One training row; moves the bar to its step."""
         if not self.active:
             return
         self._write({"kind": "train", **row}, "train")
@@ -54,7 +60,7 @@ class MetricLog:
                 + (f", MFU {row['mfu']:.1%}" if row.get("mfu") else ""),
                 refresh=False,
             )
-            self._bar.update(steps_done)
+            self._bar.update(row["step"] - self._bar.n)
 
     def validation_row(self, row: dict[str, Any]) -> None:
         """One validation row, with its list of positions."""
@@ -75,33 +81,42 @@ class MetricLog:
         else:
             print(text, flush=True)
 
-    def close(self) -> None:
-        """Ends all writers and draws the plots."""
+    def close(self, exit_code: int = 0) -> None:
+        """Ends all writers and draws the plots; `exit_code` tells wandb whether the run failed."""
         if not self.active:
             return
-        self._file.close()
-        for closing in (self._bar, self._tensorboard):
-            if closing is not None:
-                closing.close()
-        if self._wandb is not None:
-            self._wandb.finish()
         from em_megatron.training.plots import plot_run
 
-        plot_run(self.config.run_dir, block_length=self.config.memory.block_length)
+        self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+        _attempt("the plots", lambda: plot_run(self.config.run_dir, block_length=self.config.memory.block_length))
+        if self._tensorboard is not None:
+            _attempt("TensorBoard", self._tensorboard.close)
+        if self._wandb is not None:
+            # The client may wait for a network that is gone; the run does not.
+            finish = partial(_attempt, "wandb", lambda: self._wandb.finish(exit_code=exit_code))
+            thread = threading.Thread(target=finish, daemon=True)
+            thread.start()
+            thread.join(WANDB_SECONDS)
 
     def _write(self, row: dict[str, Any], prefix: str) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(finite(row)) + "\n")
         self._file.flush()
         numbers = {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, row["step"])
+            self._tensorboard = _attempt("TensorBoard", lambda: self._to_tensorboard(numbers, row["step"]))
         if self._wandb is not None:
-            try:
-                self._wandb.log(numbers, step=row["step"])
-            except Exception as error:
-                log.warning("wandb stopped taking rows (%s); the run goes on without it", error)
-                self._wandb = None
+            self._wandb = _attempt("wandb", lambda: self._to_wandb(numbers, row["step"]))
+
+    def _to_tensorboard(self, numbers: dict[str, float], step: int) -> Any:
+        for name, value in numbers.items():
+            self._tensorboard.add_scalar(name, value, step)
+        return self._tensorboard
+
+    def _to_wandb(self, numbers: dict[str, float], step: int) -> Any:
+        self._wandb.log(numbers, step=step)
+        return self._wandb
 
 
 class Throughput:
@@ -122,9 +137,36 @@ class Throughput:
             found["mfu"] = rate * self._flops / (self._peak * self._world)
         return found
 
-    def restart(self) -> None:
-        """Leaves out what happened since the last reading (validation, saving)."""
-        self._time = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what happens inside (validation, saving)."""
+        start = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - start
+
+
+def finite(value: Any) -> Any:
+    """The same with null for numbers JSON does not have (a perplexity may be infinite)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
+
+
+def _attempt[T](what: str, work: Callable[[], T]) -> T | None:
+    """What `work` gives; None, with a warning, if it fails."""
+    try:
+        return work()
+    except Exception as error:
+        log.warning("%s failed (%s); the run goes on without it", what, error)
+        return None
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.writing")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
@@ -139,9 +181,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
             continue  # a row half written when the run was killed
     if step == 0:
         kept = []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)
+    _replace_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _open_tensorboard(config: RunConfig, step: int) -> Any:
@@ -160,9 +200,9 @@ def _open_wandb(config: RunConfig, wandb_id: str) -> Any:
         mode = "online" if has_key else "offline"
     if mode == "disabled":
         return None
-    try:
-        import wandb
+    import wandb
 
+    def start(mode: Any) -> Any:
         return wandb.init(
             project=config.logging.wandb_project,
             name=config.name,
@@ -170,11 +210,12 @@ def _open_wandb(config: RunConfig, wandb_id: str) -> Any:
             resume="allow" if mode == "online" else None,
             mode=mode,
             dir=str(config.run_dir),
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, init_timeout=WANDB_SECONDS),
         )
-    except Exception as error:
-        log.warning("wandb could not start (%s); the run goes on without it", error)
-        return None
+
+    if mode == "online":
+        return _attempt("wandb online", lambda: start("online")) or start("offline")
+    return start(mode)
 
 
 def _netrc() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class MicroBatch:
 
 def micro_batches(
     batches: Iterator[tuple[dict[str, Tensor], int]], block_length: int, device: torch.device
-) -> Iterator[MicroBatch]:
-    """The data iterator of Megatron's schedules."""
+) -> Generator[MicroBatch]:
+    """The data iterator of Megatron's schedules; closing it ends the thread that reads ahead."""
     for batch, _ in batches:
         yield MicroBatch.from_batch(batch, block_length, device)

@@ -1,7 +1,7 @@
 """Pictures of a run, drawn from its metrics.jsonl, and of an evaluation.
 
 loss.png        training loss (each step and smoothed), held-out loss, learning rate; steps below, tokens above
-positions.png   held-out perplexity by position in the document: falling where memory of earlier blocks helps
+positions.png   held-out perplexity by position in the context: falling where memory of earlier blocks helps
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def plot_run(run_dir: Path, block_length: int | None = None) -> list[Path]:
 
 
 def plot_positions(positions: list[Row], path: Path, block_length: int | None = None) -> None:
-    """Draws one evaluation's perplexity by position in the document to `path`, a PNG.
+    """Draws one evaluation's perplexity by position in the context to `path`, a PNG.
 
     positions: bins {"start", "stop", "perplexity", ...}. block_length: as in `plot_run`. Without a bin of finite
     perplexity nothing is written.
@@ -227,7 +227,7 @@ def _draw_positions(curves: list[Curve], block_length: int | None, path: Path) -
         _mark_blocks(axes, block_length, end=max(float(curve.positions[-1]) for curve in curves))
     _scale_perplexity(axes, np.concatenate([curve.perplexities for curve in shown]))
     axes.spines["top"].set_visible(False)
-    axes.set_xlabel("position in the document (tokens)")
+    axes.set_xlabel("position in the context (tokens since the memory began)")
     axes.set_ylabel("held-out perplexity")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.2, borderpad=0)

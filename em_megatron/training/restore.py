@@ -36,6 +36,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
+    path = path.expanduser().resolve()
     if (path / "COMPLETE").is_file():
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from megatron.core.distributed import (
 )
 
 from em_megatron.checkpoint.sharded import CheckpointStore
-from em_megatron.config import ConfigError, RunConfig, config_text
+from em_megatron.config import ConfigError, ModelConfig, RunConfig, config_text, load_config
 from em_megatron.data.manifest import Manifest
 from em_megatron.data.shards import ShardReader
 from em_megatron.data.stream import TokenStream, prefetch
@@ -36,6 +38,18 @@ from em_megatron.validate import validate
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.model"
+
+# Settings a run keeps from its first step to its last; layout, schedule and the memory's reader may change on the way.
+FIXED = (
+    "seed",
+    "data.sequence_length",
+    "memory.block_length",
+    *(
+        f"model.{field.name}"
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in ("size", "hidden_dropout")
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class Run:
             config_text=config_text(self.config),
         )
 
-    def training_data(self) -> Iterator[MicroBatch]:
+    def training_data(self) -> Generator[MicroBatch]:
         """This data-parallel rank's micro-batches from where the run stands."""
         stream = self.corpus.stream(self.config, "train")
         batches = stream.batches(
@@ -135,7 +149,12 @@ def set_up(config: RunConfig, world_size: int) -> Run:
     device = cpu_backend.device()
     # Dropout differs between stages and data-parallel ranks; Megatron's tracker sees to tensor ranks.
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed + layout.pp_rank * layout.dp_size + layout.dp_rank)
-    model = wrap_for_training(config, build_chunks(config, layout, corpus.vocabulary.size), layout)
+    store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep_last)
+    newest = store.latest(resuming=True)
+    if newest is not None:
+        check_continues(config, newest)
+    chunks = build_chunks(config, layout, corpus.vocabulary.size, initialize=newest is None)
+    model = wrap_for_training(config, chunks, layout)
     optimizer = build_optimizer(config, model, layout.pg_collection)
     run = Run(
         config=config,
@@ -145,10 +164,11 @@ def set_up(config: RunConfig, world_size: int) -> Run:
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
-        store=CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep_last),
+        store=store,
         state=TrainState(data_identity=corpus.manifest.identity),
     )
-    _resume(run)
+    if newest is not None:
+        _resume(run, newest)
     if layout.world_rank == 0:
         _keep_tokenizer(run)
     connect_schedule(run.model, run.optimizer)
@@ -191,16 +211,28 @@ def connect_schedule(model: list[torch.nn.Module], optimizer: Any) -> None:
         megatron_config.no_sync_func = model[0].no_sync
 
 
-def _resume(run: Run) -> None:
-    """Loads the newest complete checkpoint, if there is one and the recipe allows."""
-    newest = run.store.latest(resuming=True)
-    if newest is None:
-        return
-    if not run.config.checkpoint.resume:
+def check_continues(config: RunConfig, checkpoint: Path) -> None:
+    """Refuses to go on from `checkpoint` with settings under which its weights or its place in the data mean another thing.
+
+    Raises:
+        ConfigError: resuming is switched off, or a setting of FIXED differs from the one saved.
+    """
+    if not config.checkpoint.resume:
         raise ConfigError(
-            f"{newest.parent} already holds checkpoints and checkpoint.resume is false: "
+            f"{checkpoint.parent} already holds checkpoints and checkpoint.resume is false: "
             "choose another name, or remove the folder"
         )
+    saved = load_config(checkpoint / "config.yaml")
+    for key in FIXED:
+        before, now = attrgetter(key)(saved), attrgetter(key)(config)
+        if before != now:
+            raise ConfigError(
+                f"{key} was {before} when {checkpoint.name} was saved and is {now} now: keep it, or choose another name"
+            )
+
+
+def _resume(run: Run, newest: Path) -> None:
+    """Loads weights, optimizer, schedule, random states and the place in the data."""
     saved = run.store.load(newest, model_chunks=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
     run.state = TrainState(**saved)
     run.corpus.manifest.check_identity(run.state.data_identity)

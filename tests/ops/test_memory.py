@@ -80,6 +80,26 @@ def test_half_precision_stays_near():
     assert (half - truth).norm() / truth.norm() < 3 * 2**-8
 
 
+@pytest.mark.parametrize("superchunk", [1, 4, 0])
+def test_half_precision_stays_near_over_many_blocks(superchunk):
+    """256 blocks of a trend with noise: the state is kept in fp32, or what a block adds would be rounded away."""
+    tokens, generator = 256 * 4, torch.Generator().manual_seed(2)
+    trend = torch.linspace(0, 1, tokens, dtype=torch.float64)[:, None, None, None]
+    signal = (trend + torch.randn(tokens, 1, 1, 8, dtype=torch.float64, generator=generator)).bfloat16()
+    layout = BlockLayout.single_document(1, tokens, 4)
+    banks = MemoryBanks(32, 4, exponential(SLOTS, 2.0))
+    half = memory_slots(signal, layout, banks, superchunk)[-1].double()
+    truth = memory_slots(signal.double(), layout, banks)[-1]
+    assert (half - truth).norm() / truth.norm() < 3 * 2**-8
+
+
+def test_documents_of_all_lengths_share_the_matrices():
+    signal, layout, banks = setting("packed")
+    memory_slots(signal, layout, banks, 5)
+    assert len({run.num_blocks for run in layout.runs}) > 1
+    assert len(banks._superchunks) == 1
+
+
 def test_unknown_implementation_is_refused():
     signal, layout, banks = setting("packed")
     with pytest.raises(ValueError, match="'fast' is unknown"):

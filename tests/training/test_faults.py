@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
+from em_megatron.config import ConfigError
 from em_megatron.data.manifest import DataError
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.loop import train
@@ -59,6 +62,60 @@ def test_damaged_shard_is_named(chain_corpus, tmp_path, damage):
     assert len(errors) == 1
     assert "train-000000.tar" in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_settings_that_may_not_change_on_resume(chain_corpus, tmp_path):
+    try:
+        train(set_up(run_config(chain_corpus, tmp_path, "training.train_steps=3"), world_size=1))
+        for override, message in {
+            "seed=9": "seed was 1234 when step_00000003 was saved and is 9 now",
+            "data.sequence_length=160": "data.sequence_length was 80",
+            "model.rotary_base=500": "model.rotary_base was 10000.0",
+            "checkpoint.resume=false": "checkpoint.resume is false",
+        }.items():
+            shutdown()
+            with pytest.raises(ConfigError, match=re.escape(message)):
+                set_up(run_config(chain_corpus, tmp_path, override), world_size=1)
+        shutdown()
+        run = set_up(run_config(chain_corpus, tmp_path, "training.train_steps=5", "memory.slots=4"), world_size=1)
+        assert run.state.step == 3
+    finally:
+        shutdown()
+
+
+def test_one_failing_rank_ends_all_with_its_sentence(chain_corpus, tmp_path):
+    """Data-parallel ranks read different samples; the one that meets a damaged shard speaks, the other does not hang."""
+    corpus = tmp_path / "corpus"
+    shutil.copytree(chain_corpus, corpus)
+    shard = corpus / "train-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    path = recipe(tmp_path / "recipe.yaml", corpus)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    started = time.monotonic()
+    done = subprocess.run([*command, "launch/pretrain.py", str(path)], capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert re.search(r"^error( \(rank 1\))?: shard train-000000.tar", done.stderr, re.MULTILINE), done.stderr
+    assert time.monotonic() - started < 90
+
+
+def test_full_disk_is_a_sentence_and_the_older_checkpoint_stays(chain_corpus, tmp_path):
+    """The limit on file size stands for a full disk: the second save fails, the first is whole."""
+    path = recipe(tmp_path / "recipe.yaml", chain_corpus, "checkpoint.save_interval=2", "training.stop_after_steps=2")
+    pretrain = [sys.executable, "launch/pretrain.py", str(path)]
+    assert subprocess.run(pretrain, capture_output=True, timeout=120).returncode == 0
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000)); sys.argv[:1] = []; "
+    )
+    limited += (
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", limited, *pretrain[1:]], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert re.search("^error: .*could not be written", done.stderr, re.MULTILINE), done.stderr
+    assert [p.name for p in (tmp_path / "runs/test/checkpoints").glob("step_*")] == ["step_00000002"]
+    assert subprocess.run(pretrain, capture_output=True, timeout=120).returncode == 0
 
 
 def test_wrong_tokenizer_is_refused(chain_corpus, tmp_path):

@@ -28,7 +28,7 @@ def memory_slots(
         signal: [T, b, h, c], raw (unrotated) keys and values side by side, c = 2·d.
         layout: the documents of the batch; their memories never mix.
         banks: matrices of one order, block length, sampler and discretization.
-        superchunk: blocks computed at once; 0 lets the cost model choose. It never changes the result.
+        superchunk: blocks computed at once; 0 lets the cost model choose. Up to rounding it changes nothing.
         implementation: "batched", or "naive" for the step-by-step reference (exact hold only).
 
     Returns:
@@ -42,4 +42,4 @@ def memory_slots(
     if implementation != "batched":
         raise ValueError(f"memory implementation '{implementation}' is unknown: choose one of {IMPLEMENTATIONS}")
     size = superchunk or plan(layout.num_blocks, banks.order, banks.slots, banks.block_length)
-    return batched.memory_slots(signal, layout, banks, size)
+    return batched.memory_slots(signal, layout, banks, min(size, layout.num_blocks))

@@ -58,13 +58,16 @@ class TriangleProduct(torch.autograd.Function):
         return dx[: num_blocks * length].to(dy.dtype), None, None, *[None] * len(levels)
 
 
-def memory_scan(x: Tensor, banks: MemoryBanks, superchunk: int) -> Tensor:
+def memory_scan(x: Tensor, banks: MemoryBanks, superchunk: int, sample_blocks: int) -> Tensor:
     """Slots of every block of documents that all start with the first row of `x` and span k blocks.
+
+    The state is carried in fp32 or better whatever the dtype of `x`.
 
     Args:
         x: [k·L, ch]; the last block is not read by anyone and may hold anything.
         banks: the matrices of this order, block length and sampler.
-        superchunk: m, blocks computed at once (1: recurrence, k: fully parallel). Every choice gives the same numbers.
+        superchunk: m, blocks computed at once (1: recurrence, k: fully parallel). Up to rounding it changes nothing.
+        sample_blocks: blocks of a whole sample, ≥ k; documents of every length share the matrices built for it.
 
     Returns:
         [k, S, ch]; zeros for the first block.
@@ -75,19 +78,24 @@ def memory_scan(x: Tensor, banks: MemoryBanks, superchunk: int) -> Tensor:
     pieces = []
     for start in range(0, num_blocks, superchunk):
         size = min(superchunk, num_blocks - start)
-        chunk = banks.superchunk(start, size, x.dtype, x.device)
+        chunk = banks.superchunk(start, min(superchunk, sample_blocks - start), x.dtype, x.device)
         x_chunk = x[start * length : (start + size) * length]
         y = x.new_zeros(size * slots, channels)
         if size > 1:
-            y = TriangleProduct.apply(x_chunk, size, slots, *chunk.triangle)
+            y = TriangleProduct.apply(x_chunk, size, slots, *_first_blocks(chunk.triangle, size))
         if state is not None:
             assert chunk.read_carry is not None  # only the superchunk at the start has no history
-            y = torch.addmm(y, chunk.read_carry, state)
+            y = torch.addmm(y, chunk.read_carry[: size * slots], state.to(x.dtype))
         pieces.append(y)
         if start + size < num_blocks:
-            added = chunk.inject @ x_chunk
+            added = chunk.inject @ x_chunk.to(chunk.inject.dtype)
             state = added if state is None else torch.addmm(added, chunk.carry, state)
     return torch.cat(pieces).view(num_blocks, slots, channels)
+
+
+def _first_blocks(triangle: tuple[Tensor, ...], size: int) -> list[Tensor]:
+    """The levels of the triangle over the first `size` blocks of a superchunk; what lies beyond is computed for nobody."""
+    return [g[: len(range(1 << level, size, 2 << level))] for level, g in enumerate(triangle) if 1 << level < size]
 
 
 def memory_slots(signal: Tensor, layout: BlockLayout, banks: MemoryBanks, superchunk: int) -> Tensor:
@@ -104,10 +112,10 @@ def memory_slots(signal: Tensor, layout: BlockLayout, banks: MemoryBanks, superc
     """
     shape = signal.shape[1:]
     if layout.is_single_document:
-        return memory_scan(signal.flatten(1), banks, superchunk).unflatten(-1, shape)
+        return memory_scan(signal.flatten(1), banks, superchunk, layout.num_blocks).unflatten(-1, shape)
     slots = signal.new_zeros(layout.num_blocks, layout.batch_size, banks.slots, *shape[1:])
     if layout.runs:
-        where, what = zip(*(_scan_runs(signal, runs, layout.block_length, banks, superchunk)
+        where, what = zip(*(_scan_runs(signal, runs, layout, banks, superchunk)
                             for runs in _by_length(layout.runs)), strict=True)  # fmt: skip
         blocks, rows = torch.cat(where, 1).to(signal.device)
         slots = slots.index_put((blocks, rows), torch.cat(what))
@@ -120,12 +128,12 @@ def _by_length(runs: tuple[Run, ...]) -> list[list[Run]]:
 
 
 def _scan_runs(
-    signal: Tensor, runs: list[Run], length: int, banks: MemoryBanks, superchunk: int
+    signal: Tensor, runs: list[Run], layout: BlockLayout, banks: MemoryBanks, superchunk: int
 ) -> tuple[Tensor, Tensor]:
     """Scans runs of one length k side by side as channels: (block, row) [2, k·runs] and slots [k·runs, S, h, c]."""
-    size = runs[0].num_blocks
+    size, length = runs[0].num_blocks, layout.block_length
     spans = [signal[run.first_block * length : (run.first_block + size) * length, run.row] for run in runs]
-    scanned = memory_scan(torch.stack(spans, 1).flatten(1), banks, superchunk)  # [k, S, runs·h·c]
+    scanned = memory_scan(torch.stack(spans, 1).flatten(1), banks, superchunk, layout.num_blocks)  # [k, S, runs·h·c]
     scanned = scanned.unflatten(-1, (len(runs), *signal.shape[2:])).movedim(2, 1)  # [k, runs, S, h, c]
     where = [(run.first_block + step, run.row) for step in range(size) for run in runs]
     return torch.tensor(where).T, scanned.flatten(0, 1)
