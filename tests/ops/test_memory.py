@@ -45,6 +45,15 @@ def test_equals_reference(name, superchunk):
     torch.testing.assert_close(ours, truth, **FP64, msg=lambda m: f"gradient of the signal: {m}")
 
 
+@pytest.mark.parametrize("discretization", ["zero_order_hold", "bilinear", "forward_euler", "backward_euler"])
+def test_other_discretizations_equal_the_reference(discretization):
+    signal, layout, exact = setting("packed")
+    banks = MemoryBanks(4, LENGTH, exact.points, discretization)
+    expected = memory_slots(signal, layout, banks, implementation="naive")
+    for superchunk in (1, 2, 5):
+        torch.testing.assert_close(memory_slots(signal, layout, banks, superchunk), expected, **FP64)
+
+
 @pytest.mark.parametrize("superchunk", [2, 5])
 def test_gradcheck(superchunk):
     signal, layout, banks = setting("packed")

@@ -29,7 +29,7 @@ def memory_slots(
         layout: the documents of the batch; their memories never mix.
         banks: matrices of one order, block length, sampler and discretization.
         superchunk: blocks computed at once; 0 lets the cost model choose. Up to rounding it changes nothing.
-        implementation: "batched", or "naive" for the step-by-step reference (exact hold only).
+        implementation: "batched", or "naive" for the step-by-step reference.
 
     Returns:
         [B, S, b, h, c], slots per block; zeros for blocks without a history. Differentiable in `signal`.
@@ -38,7 +38,7 @@ def memory_slots(
         ValueError: unknown implementation.
     """
     if implementation == "naive":
-        return naive.memory_slots(signal, layout, banks.order, banks.points)
+        return naive.memory_slots(signal, layout, banks.order, banks.points, banks.discretization)
     if implementation != "batched":
         raise ValueError(f"memory implementation '{implementation}' is unknown: choose one of {IMPLEMENTATIONS}")
     size = superchunk or plan(layout.num_blocks, banks.order, banks.slots, banks.block_length)

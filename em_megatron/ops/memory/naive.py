@@ -8,24 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_megatron.hippo import legs
+from em_megatron.hippo import legs, recurrences
 from em_megatron.ops.block_layout import BlockLayout
 
 
-def memory_write(state: Tensor, block: Tensor, tokens_before: int) -> Tensor:
-    """C(t1) = carry(t0 → t1) C(t0) + inject(t0, t1; t1) X   (HiPPO-LegS, exact hold).
+def memory_write(state: Tensor, block: Tensor, tokens_before: int, discretization: str = "exact") -> Tensor:
+    """C(t1) = carry(t0 → t1) C(t0) + inject(t0, t1; t1) X   (HiPPO-LegS, arXiv 2008.07669).
 
     Args:
         state: [N, ...], the projection of the first `tokens_before` tokens (zeros where there are none).
         block: [n, ...], the next n tokens of the signal.
         tokens_before: t0.
+        discretization: how the signal is held between tokens.
 
     Returns:
         [N, ...], the projection of the first t0 + n tokens.
     """
     order, after = state.shape[0], tokens_before + block.shape[0]
-    carried = torch.tensordot(legs.carry(order, tokens_before, after).to(state), state, 1)
-    return carried + torch.tensordot(legs.inject(order, tokens_before, after, after).to(state), block, 1)
+    carry = recurrences.carry(discretization, order, tokens_before, after).to(state)
+    inject = recurrences.inject(discretization, order, tokens_before, after, after).to(state)
+    return torch.tensordot(carry, state, 1) + torch.tensordot(inject, block, 1)
 
 
 def memory_read(state: Tensor, points: Tensor) -> Tensor:
@@ -33,7 +35,9 @@ def memory_read(state: Tensor, points: Tensor) -> Tensor:
     return torch.tensordot(legs.read(state.shape[0], points).to(state), state, 1)
 
 
-def memory_slots(signal: Tensor, layout: BlockLayout, order: int, points: Tensor) -> Tensor:
+def memory_slots(
+    signal: Tensor, layout: BlockLayout, order: int, points: Tensor, discretization: str = "exact"
+) -> Tensor:
     """What each block reads: the state of its document after the block before it.
 
     Args:
@@ -41,6 +45,7 @@ def memory_slots(signal: Tensor, layout: BlockLayout, order: int, points: Tensor
         layout: the documents of the batch.
         order: N.
         points: [S] moments in (0, 1).
+        discretization: how the signal is held between tokens.
 
     Returns:
         [B, S, b, h, c]; zeros for blocks without a history.
@@ -51,6 +56,6 @@ def memory_slots(signal: Tensor, layout: BlockLayout, order: int, points: Tensor
         state = signal.new_zeros(order, *signal.shape[2:])
         for step in range(run.num_blocks - 1):
             start = (run.first_block + step) * length
-            state = memory_write(state, signal[start : start + length, run.row], step * length)
+            state = memory_write(state, signal[start : start + length, run.row], step * length, discretization)
             slots[run.first_block + step + 1, :, run.row] = memory_read(state, points)
     return slots
