@@ -99,13 +99,13 @@ if [ -e $(DATA)/tokenizer.model ] && [ "$$(cat $(DATA)/texts.cksum)" != "$$sum" 
 fi; echo "$$sum" > $(DATA)/texts.cksum
 endef
 
-# Two processes on the CPU, else as many GPUs as share the recipe's 4 samples a step evenly: 1, 2, 4 or 8.
+# Two processes on the CPU, else 1, 2, 4 or 8 GPUs: pairs share the model, and each pair takes a sample of a step.
 define train
 gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count())') && case $$gpus in \
-	1) ranks=1 tensor=1 micro=4;; 0|2|3) ranks=2 tensor=2 micro=4;; 4|5|6|7) ranks=4 tensor=2 micro=2;; *) ranks=8 tensor=2 micro=1;; esac && \
+	1) ranks=1 tensor=1;; 0|2|3) ranks=2 tensor=2;; 4|5|6|7) ranks=4 tensor=2;; *) ranks=8 tensor=2;; esac && \
 OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=$$ranks launch/pretrain.py launch/recipes/quickstart.yaml \
 	name=$(RUN) data.path=$(DATA)/shards \
-	parallel.tensor_model_parallel_size=$$tensor training.micro_batch_size=$$micro \
+	parallel.tensor_model_parallel_size=$$tensor training.global_batch_size=$$((ranks / tensor)) \
 	$(if $(STEPS),training.train_steps=$(STEPS) optimizer.warmup_steps=$$(($(STEPS) / 10)))
 endef
 
