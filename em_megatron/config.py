@@ -132,7 +132,7 @@ class ValidationConfig:
     """Held-out loss during training."""
 
     interval: int = option(500, "steps between validations; the last step always validates; 0: never")
-    samples: int = option(0, "samples of the held-out split per validation; 0: all")
+    samples: int = option(0, "samples of the held-out split per validation, evenly spread over it; 0: all")
 
 
 @dataclass

@@ -111,14 +111,19 @@ class TokenStream:
         epoch = self.epoch(number)
         return self._build(epoch.packed, int(epoch.order[index]))
 
-    def validation_samples(self, start: int = 0, stop: int | None = None, step: int = 1) -> Iterator[Sample]:
+    def validation_samples(
+        self, count: int = 0, data_parallel_rank: int = 0, data_parallel_size: int = 1
+    ) -> Iterator[Sample]:
         """Every sample of the corpus once, in the corpus' own order whatever `shuffle` says, as `sample` gives them.
 
-        start, stop, step choose among them as in a slice: data-parallel ranks build only their own.
+        count: only so many, evenly spread over the corpus; 0 gives all. Of these, data-parallel rank r of n builds
+        the r-th, (r+n)-th, ... and no other.
         """
         lengths = self.reader.document_lengths
         packed = pack(lengths, np.arange(len(lengths)), self.sequence_length, self.block_length)
-        for index in range(packed.num_samples)[start:stop:step]:
+        total = packed.num_samples
+        wanted = min(count or total, total)
+        for index in [i * total // wanted for i in range(wanted)][data_parallel_rank::data_parallel_size]:
             yield self._build(packed, index)
 
     def _build(self, packed: PackedIndex, index: int) -> Sample:

@@ -79,7 +79,7 @@ def evaluate(
         model: this rank's chunks.
         stream: the held-out split.
         token_bytes: [vocab] text bytes per token id.
-        max_samples: read only so many; 0 reads all.
+        max_samples: read only so many, evenly spread; 0 reads all.
 
     Returns:
         What `summarise` gives, over all ranks, on every rank.
@@ -103,6 +103,6 @@ def evaluate(
 def _my_batches(
     stream: TokenStream, max_samples: int, layout: Layout, config: RunConfig, device: torch.device
 ) -> Iterator[MicroBatch]:
-    mine = stream.validation_samples(layout.dp_rank, max_samples or None, layout.dp_size)
+    mine = stream.validation_samples(max_samples, layout.dp_rank, layout.dp_size)
     while group := list(islice(mine, config.training.micro_batch_size)):
         yield MicroBatch.from_batch(collate(group), config.memory.block_length, device)

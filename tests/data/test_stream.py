@@ -172,3 +172,14 @@ def test_prefetch_raises_the_source_error_in_its_turn() -> None:
     with pytest.raises(OSError, match="disk gone"):
         next(ahead)
     assert list(prefetch(iter(range(50)), depth=2)) == list(range(50))
+
+
+def test_validation_samples_are_spread_and_shared_out(tmp_path: Path) -> None:
+    write_corpus(tmp_path, [81] * 10)
+    stream = TokenStream(ShardReader(tmp_path), sequence_length=80, block_length=16, seed=0, pad_id=PAD)
+    every = [int(sample["tokens"][1]) for sample in stream.validation_samples()]
+    assert every == [100 * document + 1 for document in range(10)]
+    assert [int(sample["tokens"][1]) for sample in stream.validation_samples(4)] == [1, 201, 501, 701]
+    shared = [[int(s["tokens"][1]) for s in stream.validation_samples(5, rank, 2)] for rank in range(2)]
+    assert shared == [[1, 401, 801], [201, 601]]
+    assert [int(sample["tokens"][1]) for sample in stream.validation_samples(99)] == every

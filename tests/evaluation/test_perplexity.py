@@ -88,7 +88,7 @@ def test_generate_streams_and_is_deterministic(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere", "--prompt", "a"), "no complete checkpoint in nowhere"),
+        (("nowhere", "--prompt", "a"), "no complete checkpoint in "),
         (("RUN", "--prompt", "a", "model.num_layers=3"), "model.* is fixed by the checkpoint"),
         (("RUN", "--prompt", "a", "--top-p", "2"), "0 < top_p <= 1"),
     ],
