@@ -92,6 +92,8 @@ def initialize(
         virtual_pipeline_model_parallel_size,
         context_parallel_size,
     )
+    # Tensor parallelism overlaps communication only where kernels start in the order they were queued.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if cpu_backend.enable():
         torch.set_num_threads(threads_per_rank())
     else:
