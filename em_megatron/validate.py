@@ -9,10 +9,11 @@ import torch
 
 from em_megatron.config import ConfigError, MemoryConfig, RunConfig
 from em_megatron.hippo.cost_model import plan
+from em_megatron.hippo.recurrences import DISCRETIZATIONS
 from em_megatron.hippo.samplers import sampler_points
 from em_megatron.model.sizes import memory_layers, shape_of
+from em_megatron.parallel.process_groups import validate_layout
 
-DISCRETIZATIONS = ("exact", "zero_order_hold", "bilinear", "forward_euler", "backward_euler")
 CHOICES = {
     "memory.kind": ("elastic", "block_local"),
     "memory.discretization": DISCRETIZATIONS,
@@ -152,11 +153,10 @@ def _check_shape(config: RunConfig) -> None:
 def _check_layout(config: RunConfig, world_size: int) -> None:
     shape, parallel, training = shape_of(config.model), config.parallel, config.training
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tensor * pipeline):
-        raise ConfigError(
-            f"{world_size} ranks cannot be split into tensor_model_parallel_size {tensor} × "
-            f"pipeline_model_parallel_size {pipeline}: start a multiple of {tensor * pipeline} ranks"
-        )
+    try:
+        validate_layout(world_size, tensor, pipeline)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if getattr(shape, name) % tensor:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from em_megatron.evaluation.reference_models import reference_bits_per_byte
 from em_megatron.model.sizes import memory_floats_per_sequence
 from em_megatron.training.metrics import finite
 from em_megatron.training.plots import plot_positions
-from em_megatron.training.restore import Restored, as_row, reader_of
+from em_megatron.training.restore import Restored, reader_of
 from em_megatron.training.setup import Corpus
 
 REFERENCES = {"unigram_tokens": "unigram model of the tokens", "byte_order_2": "order-2 model of the bytes"}
@@ -41,7 +42,7 @@ def write_report(run: Restored, found: dict[str, Any], folder: Path) -> str:
     document = {
         "checkpoint": str(run.checkpoint),
         "step": run.step,
-        "memory": as_row(run.config.memory),
+        "memory": dataclasses.asdict(run.config.memory),
         "memory_floats_per_sequence": memory_floats_per_sequence(run.config.model, run.config.memory),
         **found,
     }

@@ -23,7 +23,7 @@ class MicroBatch:
 
     @classmethod
     def from_batch(cls, batch: dict[str, Tensor], block_length: int, device: torch.device) -> MicroBatch:
-        """From the stream's host tensors; the layout is read before anything moves, so no device waits."""
+        """From the stream's host tensors; the layout is read on the host, where it needs no synchronisation."""
         layout = BlockLayout.from_segment_ids(batch["segment_ids"], block_length, device)
         names = ("tokens", "labels", "loss_mask", "positions")
         return cls(**{name: batch[name].to(device, non_blocking=True) for name in names}, layout=layout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 from em_megatron.checkpoint.folder import CheckpointError, complete_steps, step_name
 from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.config import ConfigError, MemoryConfig, RunConfig, load_config
+from em_megatron.data.manifest import TOKENIZER_NAME
 from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.parallel.process_groups import Layout, initialize
-from em_megatron.training.setup import TOKENIZER_FILE, build_chunks
+from em_megatron.training.setup import build_chunks
 from em_megatron.validate import validate
 
 
@@ -49,7 +49,7 @@ def find_checkpoint(path: Path) -> Path:
 def saved_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
     """The recipe of the run, overridden; its layout is that of one rank unless an override says otherwise.
 
-    Only what weights do not depend on may change: memory, data, parallel, training.
+    Everything but `model.*` may change.
 
     Raises:
         ConfigError: an override that would need other weights.
@@ -81,7 +81,7 @@ def restore(path: Path, overrides: Sequence[str], world_size: int) -> Restored:
     # Batch sizes of training say nothing here; one that divides keeps `validate` about what matters.
     config.training.global_batch_size = config.training.micro_batch_size * max(1, data_parallel)
     validate(config, world_size)
-    vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_FILE)
+    vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_NAME)
     layout = initialize(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
     model = build_chunks(config, layout, vocabulary.size, initialize=False)
     store = CheckpointStore(checkpoint.parent, config.checkpoint.keep_last)
@@ -101,8 +101,3 @@ def reader_of(memory: MemoryConfig) -> str:
     }.get(memory.sampler, "")
     sampler = f"{memory.sampler} ({details})" if details else memory.sampler
     return f"order {memory.order}, {memory.slots} slots, {sampler}"
-
-
-def as_row(config: MemoryConfig) -> dict[str, object]:
-    """The memory section as plain values, for JSON reports."""
-    return dataclasses.asdict(config)

@@ -22,7 +22,7 @@ from megatron.core.distributed import (
 
 from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.config import ConfigError, ModelConfig, RunConfig, config_text, load_config
-from em_megatron.data.manifest import Manifest
+from em_megatron.data.manifest import TOKENIZER_NAME, Manifest
 from em_megatron.data.shards import ShardReader
 from em_megatron.data.stream import TokenStream, prefetch
 from em_megatron.data.vocabulary import Vocabulary
@@ -36,8 +36,6 @@ from em_megatron.training.optimizer import build_optimizer, build_scheduler
 from em_megatron.validate import validate
 
 log = logging.getLogger(__name__)
-
-TOKENIZER_FILE = "tokenizer.model"
 
 # Settings a run keeps from its first step to its last; layout, schedule and the memory's reader may change on the way.
 FIXED = (
@@ -68,7 +66,7 @@ class Corpus:
             DataError: something is missing, truncated, altered or does not belong together.
         """
         manifest = Manifest.load(path)
-        vocabulary = Vocabulary(path / TOKENIZER_FILE)
+        vocabulary = Vocabulary(path / TOKENIZER_NAME)
         manifest.check_tokenizer(vocabulary)
         return cls(path, vocabulary, manifest)
 
@@ -242,9 +240,9 @@ def _resume(run: Run, newest: Path) -> None:
 
 def _keep_tokenizer(run: Run) -> None:
     """Puts the tokenizer beside the checkpoints, so that they are of use without the corpus."""
-    target = run.config.run_dir / TOKENIZER_FILE
+    target = run.config.run_dir / TOKENIZER_NAME
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".writing")
-        shutil.copyfile(run.corpus.path / TOKENIZER_FILE, temporary)
+        shutil.copyfile(run.corpus.path / TOKENIZER_NAME, temporary)
         os.replace(temporary, target)

@@ -34,15 +34,18 @@ class StepResult:
 def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     """Forward of one micro-batch on this stage, and the function that turns the last stage's output into the loss."""
     batch = next(data)
-    output = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch.layout)
-    return output, partial(loss_function, batch.loss_mask)
+    return _token_losses(batch, model), partial(loss_function, batch.loss_mask)
 
 
 def token_loss_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     """As `forward_step`, keeping every token's loss."""
-    batch = next(data)
-    output = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch.layout)
-    return output, token_loss_function
+    return _token_losses(next(data), model), token_loss_function
+
+
+def _token_losses(batch: MicroBatch, model: torch.nn.Module) -> Tensor:
+    """Losses of all tokens [b, T] on the last stage, hidden states on the others."""
+    output: Tensor = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch.layout)
+    return output
 
 
 def is_reporting_rank(layout: Layout) -> bool:
