@@ -2,9 +2,10 @@
 
 A document of n stored ids (bos ... eos) has n-1 (input, label) pairs. The rules:
 
-- a piece of L pairs or more starts at a block boundary, because its memory starts empty there;
-- a document longer than the room left in the sample is cut at the sample's end and goes on at a block boundary of
-  the next sample as a new piece; a rest of fewer than L pairs is a short piece;
+- a piece of L pairs or more starts at a block boundary, because its memory starts there, empty or carried over;
+- a document longer than the room left in the sample is cut at the sample's end and goes on at position 0 of the next
+  sample as a new piece; a rest of fewer than L pairs is a short piece, unless it must follow (`rest_follows`, for
+  memory that is carried from sample to sample): then it too lies at position 0 of the next sample;
 - a short piece lies within one block and may share it, also with the end of a long piece.
 
 Short pieces go where they fit best among the partly filled blocks so far (at most MAX_OPEN_BLOCKS are remembered),
@@ -61,6 +62,7 @@ class _Packer:
 
     sequence_length: int
     block_length: int
+    rest_follows: bool
     next_free: int = 0  # position of the first untouched block
     open_blocks: list[tuple[int, int]] = field(default_factory=list)  # (room, position of the room), sorted
     placed: array = field(default_factory=lambda: array("q"))  # type: ignore[type-arg]  # four numbers a piece
@@ -72,7 +74,11 @@ class _Packer:
             stop = min(pairs, start + room)
             self._place_in_new_block(document, start, stop)
             start = stop
-        if start < pairs:
+        if start == pairs:
+            return
+        if start and self.rest_follows:
+            self._place_in_new_block(document, start, pairs)
+        else:
             self._add_short(document, start, pairs)
 
     def _add_short(self, document: int, start: int, stop: int) -> None:
@@ -98,11 +104,19 @@ class _Packer:
                 del self.open_blocks[0]
 
 
-def pack(lengths: NDArray[np.int64], order: NDArray[np.int64], sequence_length: int, block_length: int) -> PackedIndex:
+def pack(
+    lengths: NDArray[np.int64],
+    order: NDArray[np.int64],
+    sequence_length: int,
+    block_length: int,
+    rest_follows: bool = False,
+) -> PackedIndex:
     """Places documents into samples; the result depends on nothing but the arguments.
 
     lengths: [documents] stored ids of each document, each at least 2. order: the documents to place, in this order.
     sequence_length: T, tokens of a sample, a multiple of block_length. block_length: L.
+    rest_follows: whether the rest of a cut document lies at position 0 of the next sample even where it is shorter
+    than L, so that a piece starts inside its document (start > 0) if and only if it goes on from the sample before.
     Raises ValueError for lengths or sizes that cannot be packed.
     """
     if block_length < 1 or sequence_length < 1 or sequence_length % block_length:
@@ -114,7 +128,7 @@ def pack(lengths: NDArray[np.int64], order: NDArray[np.int64], sequence_length: 
     if len(lengths) and lengths.min() < 2:
         document = int(lengths.argmin())
         raise ValueError(f"document {document} has {lengths[document]} ids; a document needs 2 for one prediction")
-    packer = _Packer(sequence_length, block_length)
+    packer = _Packer(sequence_length, block_length, rest_follows)
     for document, pairs in zip(np.asarray(order).tolist(), (lengths[order] - 1).tolist(), strict=True):
         packer.add(document, pairs)
     return _index(packer)

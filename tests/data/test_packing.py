@@ -32,6 +32,23 @@ def test_a_long_document_goes_on_in_the_next_samples() -> None:
     assert packed.efficiency == pytest.approx(21 / 24)
 
 
+def test_the_rest_of_a_cut_document_follows_where_it_must() -> None:
+    """T=8, L=4. Documents of 1, 15, 1 and 2 pairs; 1 is cut to 4 + 8 and a rest of 3, which fits behind 0:
+
+    as usual:  0 1 1 1 | 1 1 1 1    1 1 1 1 | 1 1 1 1    2 3 3 . | . . . .
+    following: 0 3 3 . | 1 1 1 1    1 1 1 1 | 1 1 1 1    1 1 1 2 | . . . .
+    """
+    lengths, order = np.array([2, 16, 2, 3]), np.arange(4)
+    usual = pack(lengths, order, 8, 4)
+    assert usual.pieces(0) == [(0, 0, 1, 0), (1, 12, 15, 1), (1, 0, 4, 4)]
+    assert usual.pieces(1) == [(1, 4, 12, 0)]
+    assert usual.pieces(2) == [(2, 0, 1, 0), (3, 0, 2, 1)]
+    following = pack(lengths, order, 8, 4, rest_follows=True)
+    assert following.pieces(0) == [(0, 0, 1, 0), (3, 0, 2, 1), (1, 0, 4, 4)]
+    assert following.pieces(1) == usual.pieces(1)
+    assert following.pieces(2) == [(1, 12, 15, 0), (2, 0, 1, 3)]
+
+
 def random_lengths(generator: np.random.Generator, count: int, block: int) -> np.ndarray:
     kinds = [
         generator.integers(2, block + 2, count),
@@ -44,14 +61,15 @@ def random_lengths(generator: np.random.Generator, count: int, block: int) -> np
     return np.maximum(2, kinds[int(generator.integers(len(kinds)))])
 
 
+@pytest.mark.parametrize("rest_follows", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_rules_hold_for_random_documents(seed: int) -> None:
+def test_rules_hold_for_random_documents(seed: int, rest_follows: bool) -> None:
     generator = np.random.default_rng(seed)
     L = int(generator.choice([1, 2, 3, 8, 17]))
     T = L * int(generator.integers(1, 7))
     lengths = random_lengths(generator, int(generator.integers(1, 600)), L)
     order = generator.permutation(len(lengths))
-    packed = pack(lengths, order, T, L)
+    packed = pack(lengths, order, T, L, rest_follows)
 
     seen = [np.zeros(length - 1, dtype=int) for length in lengths]
     for sample in range(packed.num_samples):
@@ -69,10 +87,38 @@ def test_rules_hold_for_random_documents(seed: int) -> None:
         assert end <= T
         assert end > 0, "an empty sample"
     assert all(np.all(times == 1) for times in seen), "a pair is missing or comes twice"
-    again = pack(lengths, order, T, L)
+    again = pack(lengths, order, T, L, rest_follows)
     for name in ("documents", "starts", "stops", "positions", "offsets"):
         assert np.array_equal(getattr(packed, name), getattr(again, name))
     assert packed.efficiency == pytest.approx((lengths - 1).sum() / (packed.num_samples * T))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_follows_lies_at_position_0_of_the_next_sample(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    L = int(generator.choice([1, 2, 3, 8, 17]))
+    T = L * int(generator.integers(1, 7))
+    lengths = random_lengths(generator, int(generator.integers(1, 600)), L)
+    packed = pack(lengths, generator.permutation(len(lengths)), T, L, rest_follows=True)
+    before = (-1, 0)
+    for sample in range(packed.num_samples):
+        pieces = packed.pieces(sample)
+        document, start, _, position = pieces[0]
+        assert position == 0
+        assert start % L == 0
+        assert (start > 0) == ((document, start) == before)
+        assert all(start == 0 for _, start, _, _ in pieces[1:]), "a rest does not lie at position 0"
+        document, _, stop, _ = pieces[-1]
+        before = (document, stop)
+
+
+def test_only_rests_shorter_than_a_block_change_their_place() -> None:
+    """T=16, L=4: the document of 16 pairs is cut to 8 + 8, so it lies the same whether or not its rest must follow."""
+    lengths = np.array([5, 3, 2, 9, 4, 4, 17, 2, 3])
+    usual, following = (pack(lengths, np.arange(9), 16, 4, follows) for follows in (False, True))
+    assert usual.pieces(2)[0] == (6, 8, 16, 0)
+    assert usual.num_samples == following.num_samples == 3
+    assert [usual.pieces(s) for s in range(3)] == [following.pieces(s) for s in range(3)]
 
 
 def test_short_documents_fill_the_gaps_of_long_ones() -> None:

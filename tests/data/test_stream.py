@@ -24,8 +24,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> ShardReader:
     return ShardReader(folder)
 
 
-def make_stream(reader: ShardReader, seed: int = 1, shuffle: bool = True) -> TokenStream:
-    return TokenStream(reader, sequence_length=8, block_length=4, seed=seed, pad_id=PAD, shuffle=shuffle)
+def make_stream(reader: ShardReader, seed: int = 1, shuffle: bool = True, slots: int = 0) -> TokenStream:
+    return TokenStream(reader, sequence_length=8, block_length=4, seed=seed, pad_id=PAD, shuffle=shuffle, slots=slots)
 
 
 def test_a_sample_a_person_can_read(tmp_path: Path) -> None:
@@ -47,7 +47,37 @@ def test_a_sample_a_person_can_read(tmp_path: Path) -> None:
         "loss_mask": ("float32", (8,)),
         "segment_ids": ("int32", (8,)),
         "positions": ("int32", (8,)),
+        "history": ("int64", ()),
+        "continues": ("bool", ()),
+        "slot": ("int64", ()),
     }
+
+
+def test_the_order_of_a_run_without_slots_stays(reader: ShardReader) -> None:
+    """A golden epoch and the start of the next one: a change here would give running trainings other data."""
+    stream = make_stream(reader)
+    samples = [stream.sample(n) for n in range(len(GOLDEN_TOKENS))]
+    assert [sample["tokens"].tolist() for sample in samples] == GOLDEN_TOKENS
+    assert all(sample["history"] == sample["slot"] == 0 and not sample["continues"] for sample in samples)
+    assert [stream.num_samples(0), stream.num_samples(1)] == [12, 12]
+
+
+GOLDEN_TOKENS = [
+    [2, 1001, 1002, 1003, 1004, 2, 101, 102],
+    [204, 205, 206, 207, 208, 209, 210, 211],
+    [908, 909, 910, 911, 912, 913, 914, 915],
+    [2, 501, 502, 503, 504, 505, 506, 507],
+    [4, 5, PAD, PAD, 2, 801, 802, 803],
+    [212, 213, 214, 215, 216, 217, 218, 219],
+    [220, 221, 222, 223, 224, 225, 226, 227],
+    [2, 901, 902, 903, 904, 905, 906, 907],
+    [2, 601, 602, 603, 604, 605, 606, 607],
+    [916, 917, 918, 919, 2, 201, 202, 203],
+    [508, 509, 510, PAD, 2, 1, 2, 3],
+    [228, 2, 401, 2, 2, 701, 702, 703],
+    [220, 221, 222, 223, 224, 225, 226, 227],
+    [916, 917, 918, 919, 2, 801, 802, 803],
+]
 
 
 def pairs_of(stream: TokenStream, epoch: int) -> Counter[tuple[int, int]]:
@@ -105,31 +135,35 @@ GOLDEN = [5, 6, 3, 9, 7, 4, 1, 2, 8, 0]
 
 
 def take(stream: TokenStream, consumed: int, steps: int, size: int, rank: int, ranks: int) -> list[torch.Tensor]:
+    """The rows of `steps` microbatches, each [size, 5 T + 3]: all that a sample holds, side by side."""
     found = []
     for batch, after in itertools.islice(stream.batches(consumed, size, rank, ranks), steps):
         consumed += size * ranks
         assert after == consumed
         assert batch["tokens"].shape == (size, 8)
-        found.append(torch.stack([batch[name].double() for name in sorted(batch)]))
+        assert batch["history"].shape == batch["continues"].shape == batch["slot"].shape == (size,)
+        found.append(torch.cat([batch[name].double().view(size, -1) for name in sorted(batch)], dim=1))
     return found
 
 
+@pytest.mark.parametrize("slots", [0, 4, 16])
 @pytest.mark.parametrize(("size", "ranks"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (4, 4)])
-def test_same_samples_for_every_data_parallel_size(reader: ShardReader, size: int, ranks: int) -> None:
-    """Two optimizer steps of 16 samples: laid side by side, the ranks' rows are samples 0, 1, 2, ..."""
+def test_same_samples_for_every_data_parallel_size(reader: ShardReader, size: int, ranks: int, slots: int) -> None:
+    """Two optimizer steps of 16 samples: one below the other, the ranks' rows are samples 0, 1, 2, ..."""
     steps = 32 // (size * ranks)
-    per_rank = [take(make_stream(reader), 0, steps, size, rank, ranks) for rank in range(ranks)]
-    rows = torch.cat([per_rank[rank][step] for step in range(steps) for rank in range(ranks)], dim=1)
-    expected = torch.cat(take(make_stream(reader), 0, 32, 1, 0, 1), dim=1)
+    per_rank = [take(make_stream(reader, slots=slots), 0, steps, size, rank, ranks) for rank in range(ranks)]
+    rows = torch.cat([per_rank[rank][step] for step in range(steps) for rank in range(ranks)])
+    expected = torch.cat(take(make_stream(reader, slots=slots), 0, 32, 1, 0, 1))
     assert torch.equal(rows, expected)
 
 
-def test_resume_is_exact_at_every_sample_even_with_another_size(reader: ShardReader) -> None:
-    whole = torch.cat(take(make_stream(reader), 0, 40, 1, 0, 1), dim=1)
+@pytest.mark.parametrize("slots", [0, 4])
+def test_resume_is_exact_at_every_sample_even_with_another_size(reader: ShardReader, slots: int) -> None:
+    whole = torch.cat(take(make_stream(reader, slots=slots), 0, 40, 1, 0, 1))
     for consumed in range(32):
-        resumed = [take(make_stream(reader), consumed, 2, 2, rank, 2) for rank in range(2)]
-        rows = torch.cat([resumed[rank][step] for step in range(2) for rank in range(2)], dim=1)
-        assert torch.equal(rows, whole[:, consumed : consumed + 8])
+        resumed = [take(make_stream(reader, slots=slots), consumed, 2, 2, rank, 2) for rank in range(2)]
+        rows = torch.cat([resumed[rank][step] for step in range(2) for rank in range(2)])
+        assert torch.equal(rows, whole[consumed : consumed + 8])
 
 
 @pytest.mark.parametrize("arguments", [(-1, 1, 0, 1), (0, 0, 0, 1), (0, 1, 1, 1), (0, 1, -1, 2), (0, 1, 0, 0)])
@@ -141,6 +175,8 @@ def test_impossible_batches_are_refused_at_once(reader: ShardReader, arguments: 
 def test_other_refusals(reader: ShardReader) -> None:
     with pytest.raises(ValueError, match="the data seed is -1"):
         make_stream(reader, seed=-1)
+    with pytest.raises(ValueError, match="the stream has -1 slots; give the global batch size, or 0"):
+        make_stream(reader, slots=-1)
     with pytest.raises(ValueError, match="numbered from 0"):
         make_stream(reader).sample(-1)
     with pytest.raises(ValueError, match="not a multiple"):
