@@ -61,6 +61,9 @@ class MemoryConfig:
     sampler_points: list[float] = option([], "points: the moments themselves, in (0, 1)")
     layers: str = option("all", "layers with memory: all, none, or numbers from 0 and ranges such as 0,4-7")
     detach_memory: bool = option(False, "cut the gradient through the memory")
+    carry_memory: bool = option(
+        False, "a document longer than a sample goes on in its batch slot at the next step, its state carried, detached"
+    )
     discretization: str = option("exact", "exact, zero_order_hold, bilinear, forward_euler, backward_euler")
     superchunk: int = option(0, "blocks computed at once, 0: chosen by cost; the same numbers up to rounding")
     bank_dtype: str = option("compute", "dtype of the memory's matrices: compute (that of the activations), fp32")
@@ -84,6 +87,13 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = option(1, "ranks that share every layer, heads and memory state split")
     pipeline_model_parallel_size: int = option(1, "ranks that hold successive layers")
+    virtual_pipeline_model_parallel_size: int = option(
+        1, "interleaved model chunks per pipeline rank; micro-batches per step must be a multiple of the pipeline size"
+    )
+    context_parallel_size: int = option(1, "ranks that share a sample in contiguous runs of blocks")
+    memory_handoff: str = option(
+        "auto", "how states pass between context-parallel ranks: all_gather, chain, or auto (by estimated time)"
+    )
     sequence_parallel: bool = option(False, "split norms and dropout along the sequence over the tensor ranks")
     use_distributed_optimizer: bool = option(False, "shard the optimizer state over data-parallel ranks")
 

@@ -12,6 +12,7 @@ from em_megatron.hippo.cost_model import plan
 from em_megatron.hippo.recurrences import DISCRETIZATIONS
 from em_megatron.hippo.samplers import sampler_points
 from em_megatron.model.sizes import memory_layers, shape_of
+from em_megatron.parallel.handoff_cost import HANDOFFS
 from em_megatron.parallel.process_groups import validate_layout
 
 CHOICES = {
@@ -20,6 +21,7 @@ CHOICES = {
     "memory.bank_dtype": ("compute", "fp32"),
     "training.precision": ("bf16", "fp32"),
     "training.recompute": ("none", "selective", "full"),
+    "parallel.memory_handoff": ("auto", *HANDOFFS),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "logging.wandb": ("auto", "online", "offline", "disabled"),
 }
@@ -37,6 +39,8 @@ AT_LEAST_ONE = [
     "data.sequence_length",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
+    "parallel.virtual_pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
     "training.train_steps",
     "training.global_batch_size",
     "training.micro_batch_size",
@@ -138,14 +142,21 @@ def _check_shape(config: RunConfig) -> None:
             f"data.sequence_length {data.sequence_length} is not a multiple of memory.block_length "
             f"{memory.block_length}: choose a whole number of blocks"
         )
-    blocks = data.sequence_length // memory.block_length
+    ranks = config.parallel.context_parallel_size
+    if data.sequence_length % (memory.block_length * ranks):
+        raise ConfigError(
+            f"data.sequence_length {data.sequence_length} is not a multiple of memory.block_length "
+            f"{memory.block_length} × context_parallel_size {ranks}: every context-parallel rank holds equally many "
+            "whole blocks"
+        )
+    blocks = data.sequence_length // memory.block_length // ranks
     if memory.superchunk > blocks:
         raise ConfigError(
-            f"memory.superchunk {memory.superchunk} is more than the {blocks} blocks of a sample: 0 chooses"
+            f"memory.superchunk {memory.superchunk} is more than the {blocks} blocks of a sample on a rank: 0 chooses"
         )
     if memory_layers(memory, shape.num_layers) and not memory.superchunk:
         try:
-            plan(blocks, memory.order, memory.slots, memory.block_length)
+            plan(blocks, memory.order, memory.slots, memory.block_length, part_of_sample=ranks > 1)
         except ValueError as error:
             raise ConfigError(f"memory: {error}") from None
 
@@ -153,8 +164,9 @@ def _check_shape(config: RunConfig) -> None:
 def _check_layout(config: RunConfig, world_size: int) -> None:
     shape, parallel, training = shape_of(config.model), config.parallel, config.training
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    chunks, context = parallel.virtual_pipeline_model_parallel_size, parallel.context_parallel_size
     try:
-        validate_layout(world_size, tensor, pipeline)
+        validate_layout(world_size, tensor, pipeline, None if chunks == 1 else chunks, context)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
@@ -168,21 +180,28 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
             f"model.make_vocab_size_divisible_by {config.model.make_vocab_size_divisible_by} is not divisible by "
             f"tensor_model_parallel_size {tensor}: choose a multiple"
         )
-    if shape.num_layers % pipeline:
+    if shape.num_layers % (pipeline * chunks):
+        interleaved = f" × virtual_pipeline_model_parallel_size {chunks}" if chunks > 1 else ""
         raise ConfigError(
-            f"model.num_layers {shape.num_layers} is not divisible by pipeline_model_parallel_size {pipeline}: "
-            "every stage holds equally many layers"
+            f"model.num_layers {shape.num_layers} is not divisible by pipeline_model_parallel_size {pipeline}"
+            f"{interleaved}: every stage holds equally many layers"
         )
-    if parallel.sequence_parallel and (tensor == 1 or config.data.sequence_length % tensor):
+    if parallel.sequence_parallel and (tensor == 1 or config.data.sequence_length // context % tensor):
         raise ConfigError(
-            f"parallel.sequence_parallel needs tensor_model_parallel_size > 1 (it is {tensor}) that divides "
-            f"data.sequence_length {config.data.sequence_length}: switch it off or change the layout"
+            f"parallel.sequence_parallel needs tensor_model_parallel_size > 1 (it is {tensor}) that divides the "
+            f"{config.data.sequence_length // context} tokens of a sample on a rank: switch it off or change the layout"
         )
-    data_parallel = world_size // (tensor * pipeline)
+    data_parallel = world_size // (tensor * pipeline * context)
     if training.global_batch_size % (training.micro_batch_size * data_parallel):
         raise ConfigError(
             f"training.global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
             f"{training.micro_batch_size} × data-parallel size {data_parallel}: change one of them"
+        )
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    if chunks > 1 and micro_batches % pipeline:
+        raise ConfigError(
+            f"virtual_pipeline_model_parallel_size {chunks} needs micro-batches per step ({micro_batches}) that are a "
+            f"multiple of pipeline_model_parallel_size {pipeline}: change global_batch_size or micro_batch_size"
         )
 
 

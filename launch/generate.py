@@ -56,7 +56,7 @@ def main() -> int:
         sampling.check()
         text = prompt_text(arguments)
         run = restore(arguments.checkpoint, arguments.overrides, world_size)
-        if run.layout.pp_size > 1 or run.layout.dp_size > 1:
+        if run.layout.world_size > run.layout.tp_size:
             raise ConfigError("generation runs on one process, or on tensor_model_parallel_size = all of them")
         if run.config.parallel.sequence_parallel:
             raise ConfigError("one token cannot be split along the sequence: leave parallel.sequence_parallel out")

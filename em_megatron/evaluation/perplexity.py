@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,9 +92,10 @@ def evaluate(
     for chunk in model:
         chunk.eval()
     with torch.no_grad():
-        for batch in _my_batches(stream, max_samples, layout, config, device):
-            size = batch.tokens.shape[0]
-            for losses in run_schedule(token_loss_step, iter([batch]), model, config, 1, size, forward_only=True):
+        for group in _my_batches(stream, max_samples, layout, config, device):
+            size, feeds = group[0].tokens.shape[0], [iter(group) for _ in model]
+            found = run_schedule(token_loss_step, feeds, model, config, len(group), size, forward_only=True)
+            for batch, losses in zip(group, found, strict=False):  # nothing is found before the last pipeline stage
                 tally.add(batch, losses)
     for chunk, training in zip(model, was_training, strict=True):
         chunk.train(training)
@@ -102,7 +104,18 @@ def evaluate(
 
 def _my_batches(
     stream: TokenStream, max_samples: int, layout: Layout, config: RunConfig, device: torch.device
-) -> Iterator[MicroBatch]:
+) -> Iterator[list[MicroBatch]]:
+    """This data-parallel rank's micro-batches, as many at a time as a schedule takes: one, or, interleaved, one for
+    each pipeline stage, the last of them filled up with samples whose tokens do not count."""
+    rows, together = config.training.micro_batch_size, layout.pp_size if layout.vpp_size else 1
     mine = stream.validation_samples(max_samples, layout.dp_rank, layout.dp_size)
-    while group := list(islice(mine, config.training.micro_batch_size)):
-        yield MicroBatch.from_batch(collate(group), config.memory.block_length, device)
+    while group := list(islice(mine, rows * together)):
+        if together > 1:
+            idle = {**group[-1], "loss_mask": np.zeros_like(group[-1]["loss_mask"])}
+            group += [idle] * (rows * together - len(group))
+        yield [
+            MicroBatch.from_batch(
+                collate(group[first : first + rows]), config.memory.block_length, device, layout.cp_rank, layout.cp_size
+            )
+            for first in range(0, len(group), rows)
+        ]

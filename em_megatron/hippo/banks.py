@@ -23,8 +23,9 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,27 @@ from em_megatron.hippo import legs, recurrences
 
 _FORMAT = 1  # of the files in the disk cache
 _PIECE_BYTES = 128 * 2**20  # fp64 columns of `inject` held at once while a triangle is built
+_PASSING_BYTES = 4 * 2**30  # of matrices for one moment of one document, which may never come again
 _STEPS_KEPT = 8  # inference needs the step of the current block, for each sequence in flight
+
+
+class _Shelf:
+    """Things kept while they are among the most recently used `limit` bytes; the newest is kept whatever its size."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._things: OrderedDict[tuple[object, ...], tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: tuple[object, ...], make: Callable[[], tuple[Any, int]]) -> Any:
+        """What `make` gave for this key, with its bytes."""
+        if key not in self._things:
+            with torch.inference_mode(False):
+                self._things[key] = make()
+            held = sum(size for _, size in self._things.values())
+            while held > self._limit and len(self._things) > 1:
+                held -= self._things.popitem(last=False)[1][1]
+        self._things.move_to_end(key)
+        return self._things[key][0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +91,10 @@ class MemoryBanks:
     """All matrices of one (order N, block_length L, points, discretization).
 
     Kept in memory per (dtype, device); the fp64 originals are dropped after the cast, so a second dtype is read from
-    `cache_dir`, or rebuilt without one. Superchunks are kept for good (`cost_model.plan` bounds their size), inference
-    steps only for the last few blocks.
+    `cache_dir`, or rebuilt without one. Superchunks are kept for good (`cost_model.plan` bounds their size). Single
+    blocks and carries between any two moments, of which documents that begin anywhere ask for ever new ones, are kept
+    while they fit in 4 GiB (the least recently used go first), the steps of a generation only for the last few blocks;
+    neither is written to disk.
 
     Args: points fp64 [S] in (0, 1); cache_dir a folder for the disk cache, made if absent, None for no disk cache.
     Raises ValueError for sizes below 1, points outside (0, 1) or an unknown discretization.
@@ -97,7 +120,8 @@ class MemoryBanks:
             cache_dir.mkdir(parents=True, exist_ok=True)
         self._reads: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._superchunks: dict[tuple[int, int, torch.dtype, torch.device], Superchunk] = {}
-        self._steps: OrderedDict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = OrderedDict()
+        self._passing = _Shelf(_PASSING_BYTES)
+        self._decoding = _Shelf(_STEPS_KEPT * 8 * order * (order + block_length))
 
     def read(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """R, the values of the basis at the points: [S, N]."""
@@ -121,20 +145,40 @@ class MemoryBanks:
                 self._superchunks[key] = self._make_superchunk(*key)
         return self._superchunks[key]
 
-    def step(self, block: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """(carry [N, N], inject [N, L]): state at token block·L → state at token (block+1)·L."""
+    def block(self, block: int, dtype: torch.dtype, device: torch.device | str) -> Superchunk:
+        """The superchunk of one block ≥ 0: carry and inject take the state from token block·L to (block+1)·L."""
+        return self._passing.get(
+            ("block", block, dtype, torch.device(device)), partial(self._make_block, block, dtype, device)
+        )
+
+    def step(self, block: int, dtype: torch.dtype, device: torch.device | str) -> Superchunk:
+        """As `block`, but only the last few are kept: a generation never comes back to one."""
+        return self._decoding.get((block, dtype, torch.device(device)), partial(self._make_block, block, dtype, device))
+
+    def _make_block(self, block: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Superchunk, int]:
         if block < 0:
-            raise ValueError(f"A step needs a block >= 0, got {block}.")
-        key = (block, dtype, torch.device(device))
-        if key not in self._steps:
-            with torch.inference_mode(False):
-                # Not kept on disk: an endless generation would fill it with one square matrix per block.
-                carry, inject = self._carry(block, 1, keep=False), self._inject(block, 1)
-                self._steps[key] = carry.to(key[2], dtype), inject.to(key[2], dtype)
-            if len(self._steps) > _STEPS_KEPT:
-                self._steps.popitem(last=False)
-        self._steps.move_to_end(key)
-        return self._steps[key]
+            raise ValueError(f"Blocks are numbered from 0, got {block}.")
+        where, state_dtype = torch.device(device), torch.promote_types(dtype, torch.float32)
+        chunk = Superchunk(
+            start_block=block,
+            num_blocks=1,
+            read_carry=self.read(dtype, device) if block else None,
+            triangle=(),
+            _build_carry=lambda: self._carry(block, 1, keep=False).to(where, state_dtype),
+            _build_inject=lambda: self._inject(block, 1).to(where, state_dtype),
+        )
+        return chunk, state_dtype.itemsize * self.order * (self.order + self.block_length)
+
+    def carry(self, start_block: int, stop_block: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """State after start_block > 0 blocks → state after stop_block blocks, nothing new arriving: [N, N]."""
+        if not 0 < start_block <= stop_block:
+            raise ValueError(f"A carry needs 0 < start_block <= stop_block, got {start_block} and {stop_block}.")
+
+        def make() -> tuple[Tensor, int]:
+            matrix = self._carry(start_block, stop_block - start_block, keep=False).to(device, dtype)
+            return matrix, matrix.nbytes
+
+        return self._passing.get(("carry", start_block, stop_block, dtype, torch.device(device)), make)
 
     @cached_property
     def _read(self) -> Tensor:

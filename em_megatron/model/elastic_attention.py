@@ -1,7 +1,8 @@
 """The attention layer of Elastic Memory as a Megatron-Core module: project → read memory → attend → write memory.
 
 Heads, keys, values and memory state are split over tensor-parallel ranks by KV head; nothing about the memory is
-communicated between them. Layer l's memory depends on K and V of layer l only, so all blocks of a sample go at once.
+communicated between them. Context-parallel ranks hand on the states of documents that span them. Layer l's memory
+depends on K and V of layer l only, so all blocks of a sample go at once.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from em_megatron.config import MemoryConfig
 from em_megatron.hippo.banks import MemoryBanks, shared_banks
-from em_megatron.model.memory_cache import LayerMemory, MemoryCache
+from em_megatron.model.carried_memory import CarriedMemory
+from em_megatron.model.memory_cache import LayerCache, MemoryCache
 from em_megatron.model.sizes import memory_layers
 from em_megatron.ops.block_layout import BlockLayout
-from em_megatron.ops.memory import memory_slots
+from em_megatron.ops.memory import block_memory
 from em_megatron.ops.trapezoid_attention import trapezoid_attention
+from em_megatron.parallel.memory_handoff import Handoff
 from em_megatron.validate import points_of
 
 
@@ -34,6 +39,7 @@ class ElasticTransformerConfig(TransformerConfig):
     """
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    memory_handoff: str = "all_gather"
     rotary_base: float = 10000.0
 
     def banks(self) -> MemoryBanks:
@@ -53,33 +59,116 @@ class TrapezoidCore(torch.nn.Module):
     """The core attention: memory operator and trapezoidal attention, without parameters.
 
     Takes the place of Megatron's core attention, so that `recompute_granularity="selective"` recomputes it.
+    `carried` keeps states from step to step where the run asks for it (set by training; None otherwise).
     """
 
-    def __init__(self, config: ElasticTransformerConfig, layer_number: int, **_: Any) -> None:
+    def __init__(
+        self,
+        config: ElasticTransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__()
-        attention_index = (layer_number - 1) // 2  # sub-layers alternate: attention, MLP
-        self.has_memory = attention_index in memory_layers(config.memory, config.num_layers // 2)
-        self.memory = config.memory
+        self.layer = (layer_number - 1) // 2  # sub-layers alternate: attention, MLP
+        self.has_memory = self.layer in memory_layers(config.memory, config.num_layers // 2)
+        self.memory, self.handoff = config.memory, config.memory_handoff
         self.rotary_base = config.rotary_base
         self.banks = config.banks() if self.has_memory else None
+        self.context_group = pg_collection.cp if pg_collection is not None else None
+        self.carried: CarriedMemory | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout) -> Tensor:
-        """query [T, b, hq, d], key and value [T, b, hk, d], all unrotated → [T, b, hq·d]."""
-        slots = self.slots(key, value, layout) if self.banks is not None and layout.runs else None
-        out = trapezoid_attention(query, key, value, slots, layout, self.rotary_base)
-        return out.flatten(2)
+        """query [T, b, hq, d], key and value [T, b, hk, d], all unrotated, T of this rank → [T, b, hq·d]."""
+        uses_memory = layout.runs or layout.crosses_ranks or layout.continued_rows
+        if self.banks is None or not uses_memory:
+            return trapezoid_attention(query, key, value, None, layout, self.rotary_base).flatten(2)
+        memory = LayerMemory(self, key, value, layout)
+        out = trapezoid_attention(query, key, value, memory.slots if layout.runs else None, layout, self.rotary_base)
+        return memory.close(out).flatten(2)
 
     def slots(self, key: Tensor, value: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
         """Memory keys and values of every block, each [B, S, b, hk, d]."""
-        assert self.banks is not None
+        return LayerMemory(self, key, value, layout).slots()
+
+
+class LayerMemory:
+    """The memory of one layer and micro-batch: written and sent on construction, read by `slots`, ended by `close`."""
+
+    def __init__(self, core: TrapezoidCore, key: Tensor, value: Tensor, layout: BlockLayout) -> None:
+        assert core.banks is not None
+        self.core, self.layout, self.dtype = core, layout, key.dtype
         signal = torch.cat([key, value], -1)
-        if self.memory.detach_memory:
+        if core.memory.detach_memory:
             signal = signal.detach()
-        if self.memory.bank_dtype == "fp32":
+        if core.memory.bank_dtype == "fp32":
             signal = signal.float()
-        slots = memory_slots(signal, layout, self.banks, self.memory.superchunk).to(key.dtype)
-        keys, values = slots.chunk(2, -1)
+        self.memory = block_memory(signal, layout, core.banks, core.memory.superchunk)
+        self.state = self._from_the_step_before()
+        self.handoff = self._send(signal) if layout.crosses_ranks else None
+        self.memory.read_own()
+
+    def _from_the_step_before(self) -> Tensor | None:
+        """What the first rank's documents bring from their slots' samples of the step before, [N, entering, h, c]."""
+        rows = self.layout.entering_rows
+        if self.layout.sequence_rank > 0 or not rows:
+            return None
+        assert self.core.carried is not None
+        return self.core.carried.read(self.core.layer, [self.layout.slots[row] for row in rows])
+
+    def _send(self, signal: Tensor) -> Handoff:
+        group, banks = self.core.context_group, self.core.banks
+        assert group is not None
+        assert banks is not None
+        last = self.layout.sequence_rank == self.layout.sequence_size - 1
+        leaving = None if last else self._leaving(self.state)
+        return Handoff(leaving, signal, self.layout, banks, group, self.core.handoff)
+
+    def _leaving(self, entering: Tensor | None) -> Tensor | None:
+        """[N, leaving, h, c] states after the last block here: what the blocks here add, and what had entered."""
+        assert self.core.banks is not None
+        added = self.memory.leaving_states
+        if added is None or entering is None:
+            return added
+        carried = []
+        for index, run in enumerate(self.layout.leaving):
+            state = added[:, index]
+            if run.history:
+                start, stop = run.history, run.history + run.num_blocks
+                matrix = self.core.banks.carry(start, stop, state.dtype, state.device)
+                state = state + torch.tensordot(matrix, entering[:, self.layout.entering_rows.index(run.row)], 1)
+            carried.append(state)
+        return torch.stack(carried, 1)
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Memory keys and values of every block, each [B, S, b, hk, d]; waits for states on their way."""
+        if self.handoff is not None and self.state is None and self.layout.entering_rows:
+            self.state = self.handoff.arrive()
+        keys, values = self.memory.slots(self.state).to(self.dtype).chunk(2, -1)
         return keys, values
+
+    def close(self, out: Tensor) -> Tensor:
+        """Keeps what goes on in the next step, and returns the layer's output, tied to what other ranks wait for."""
+        if self.handoff is not None and (self.layout.sequence_rank == 0 or not self.layout.entering_rows):
+            out = self.handoff.tie(out)
+        if self.layout.continued_rows:
+            self._keep()
+        return out
+
+    @torch.no_grad()
+    def _keep(self) -> None:
+        """The last rank's states at the end of the sample, given to the whole context-parallel group."""
+        core, layout, rows = self.core, self.layout, self.layout.continued_rows
+        assert core.carried is not None
+        shape, dtype = core.carried.shapes[core.layer], core.carried.dtype
+        last = layout.sequence_rank == layout.sequence_size - 1
+        end = self._leaving(self.state) if last else None
+        states = torch.empty(shape[0], len(rows), *shape[1:], dtype=dtype, device=core.carried.device)
+        if end is not None:
+            states.copy_(end)
+        if layout.sequence_size > 1:
+            dist.broadcast(states, group=core.context_group, group_src=layout.sequence_size - 1)
+        core.carried.write(core.layer, [layout.slots[row] for row in rows], states)
 
 
 class ElasticMemoryAttention(SelfAttention):
@@ -125,7 +214,7 @@ class ElasticMemoryAttention(SelfAttention):
         output, bias = self.linear_proj(context)
         return output, bias
 
-    def _continue(self, query: Tensor, key: Tensor, value: Tensor, memory: LayerMemory) -> Tensor:
+    def _continue(self, query: Tensor, key: Tensor, value: Tensor, memory: LayerCache) -> Tensor:
         """Attends block piece by block piece from where the cache stands, and moves it on."""
         pieces, start = [], 0
         while start < query.shape[0]:

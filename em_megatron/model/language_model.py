@@ -11,10 +11,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from em_megatron.config import RunConfig
+from em_megatron.model.carried_memory import CarriedMemory
 from em_megatron.model.elastic_attention import ElasticMemoryAttention, ElasticTransformerConfig
 from em_megatron.model.layer_specs import elastic_stack_spec
 from em_megatron.model.memory_cache import MemoryCache
 from em_megatron.model.sizes import shape_of
+from em_megatron.parallel.handoff_cost import choose_handoff, state_bytes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -23,6 +25,7 @@ def transformer_config(config: RunConfig) -> ElasticTransformerConfig:
     """Megatron's view of the run; fusions that need CUDA or compiled modules are on only where they can be."""
     shape, parallel, training = shape_of(config.model), config.parallel, config.training
     on_gpu = torch.cuda.is_available()
+    interleaved = model_chunks(config) if model_chunks(config) > 1 else None
     dtype = PRECISIONS[training.precision]
     recomputation: dict[str, dict[str, Any]] = {
         "none": {},
@@ -31,6 +34,7 @@ def transformer_config(config: RunConfig) -> ElasticTransformerConfig:
     }
     return ElasticTransformerConfig(
         memory=config.memory,
+        memory_handoff=handoff_kind(config),
         rotary_base=config.model.rotary_base,
         num_layers=2 * shape.num_layers,
         is_hybrid_model=True,
@@ -51,6 +55,10 @@ def transformer_config(config: RunConfig) -> ElasticTransformerConfig:
         perform_initialization=False,  # initialize_weights fills them the same for every layout
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=interleaved,
+        batch_p2p_comm=interleaved is None,  # gloo mixes up the batched transfers of interleaved chunks
+        overlap_p2p_comm=interleaved is not None and on_gpu,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -67,9 +75,28 @@ def transformer_config(config: RunConfig) -> ElasticTransformerConfig:
     )
 
 
+def model_chunks(config: RunConfig) -> int:
+    """Chunks of the model on every pipeline rank; 1 without interleaving."""
+    return config.parallel.virtual_pipeline_model_parallel_size
+
+
+def handoff_kind(config: RunConfig) -> str:
+    """How states pass between context-parallel ranks."""
+    if config.parallel.memory_handoff != "auto":
+        return config.parallel.memory_handoff
+    return choose_handoff(config.parallel.context_parallel_size, layer_state_bytes(config))
+
+
+def layer_state_bytes(config: RunConfig) -> int:
+    """Bytes of the states of one layer and micro-batch on a rank."""
+    shape, parallel = shape_of(config.model), config.parallel
+    heads = shape.num_query_groups // parallel.tensor_model_parallel_size
+    return state_bytes(config.memory.order, config.training.micro_batch_size * heads * 2 * shape.kv_channels)
+
+
 def hybrid_pattern(config: RunConfig) -> str:
-    """Megatron's layer pattern: attention `*` and MLP `-` alternate, `|` between pipeline stages."""
-    stages = config.parallel.pipeline_model_parallel_size
+    """Megatron's layer pattern: attention `*` and MLP `-` alternate, `|` between pipeline stages and their chunks."""
+    stages = config.parallel.pipeline_model_parallel_size * model_chunks(config)
     layers = shape_of(config.model).num_layers
     return "|".join(["*-" * (layers // stages)] * stages)
 
@@ -80,14 +107,16 @@ def build_model(
     pg_collection: ProcessGroupCollection,
     pre_process: bool = True,
     post_process: bool = True,
+    chunk: int = 0,
 ) -> torch.nn.Module:
-    """The model of this rank, weights not yet initialized.
+    """One chunk of the model of this rank (all of it without interleaving), weights not yet initialized.
 
     Args:
         config: a validated run.
         vocab_size: padded vocabulary.
         pg_collection: Megatron's process groups.
-        pre_process, post_process: whether this pipeline stage holds the embedding, the output layer.
+        pre_process, post_process: whether this chunk holds the embedding, the output layer.
+        chunk: which chunk of an interleaved pipeline.
 
     Returns:
         HybridModel in fp32, or wrapped to compute in bf16.
@@ -104,8 +133,31 @@ def build_model(
         share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
         position_embedding_type="none",
         pg_collection=pg_collection,
+        vp_stage=chunk if model_chunks(config) > 1 else None,
     )
     return Float16Module(megatron_config, model) if megatron_config.bf16 else model
+
+
+def attach_carried_memory(model_chunks: list[torch.nn.Module]) -> CarriedMemory:
+    """Gives the memory layers of this rank a place to keep states from step to step, empty at first."""
+    attentions = [
+        module for chunk in model_chunks for module in chunk.modules() if isinstance(module, ElasticMemoryAttention)
+    ]
+    shapes: dict[int, tuple[int, ...]] = {
+        attention.core_attention.layer: (
+            attention.core_attention.memory.order,
+            attention.num_query_groups_per_partition,
+            2 * attention.hidden_size_per_attention_head,
+        )
+        for attention in attentions
+        if attention.core_attention.has_memory
+    }
+    parameter = next(model_chunks[0].parameters())
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    carried = CarriedMemory(shapes, dtype, parameter.device)
+    for attention in attentions:
+        attention.core_attention.carried = carried
+    return carried
 
 
 def memory_cache(model: torch.nn.Module, batch_size: int) -> MemoryCache:

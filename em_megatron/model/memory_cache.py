@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from em_megatron.model.elastic_attention import ElasticMemoryAttention
 
 
-class LayerMemory:
+class LayerCache:
     """Memory and current block of one layer on this tensor rank."""
 
     def __init__(
@@ -79,9 +79,9 @@ class LayerMemory:
         """C ← carry C + inject X, slots ← read C; the block starts anew."""
         if self.banks is not None:
             exact = torch.promote_types(self.block.dtype, torch.float32)
-            carry, inject = self.banks.step(self.blocks_done, exact, self.block.device)
-            added = torch.tensordot(inject, self.block.to(exact), 1)
-            self.state = added if self.state is None else torch.tensordot(carry, self.state, 1) + added
+            step = self.banks.step(self.blocks_done, exact, self.block.device)
+            added = torch.tensordot(step.inject, self.block.to(exact), 1)
+            self.state = added if self.state is None else torch.tensordot(step.carry, self.state, 1) + added
             self.slots = torch.tensordot(self.banks.read(exact, self.block.device), self.state, 1)
         self.blocks_done += 1
         self.filled = 0
@@ -98,7 +98,7 @@ class MemoryCache(BaseInferenceContext):
         device: torch.device,
     ) -> None:
         super().__init__(InferenceConfig())
-        self.layers = {layer.layer_number: LayerMemory(layer, batch_size, dtype, device) for layer in attentions}
+        self.layers = {layer.layer_number: LayerCache(layer, batch_size, dtype, device) for layer in attentions}
 
     def is_static_batching(self) -> bool:
         return False

@@ -3,6 +3,10 @@
 A sample packs documents (arXiv 2602.11212; README, "Documents"). One of `block_length` tokens or more starts at a
 block boundary and owns a memory that is empty there. Shorter ones share a block and see only themselves.
 Everything the operators need follows from one integer per token, its segment id.
+
+Under context parallelism a sample is cut into equal runs of blocks, one per rank. Every rank reads the ids of the
+whole sample, so each knows, without asking, what enters from the left and what goes on to the right. A sample may also
+go on from, and be continued by, another one in the same batch slot; only its first and last document can.
 """
 
 from __future__ import annotations
@@ -17,33 +21,45 @@ PADDING = 0  # segment id of tokens that belong to no document
 
 @dataclass(frozen=True)
 class Run:
-    """A document that covers `num_blocks` consecutive blocks of sample `row` from block `first_block` on.
+    """The part of a document that covers `num_blocks` consecutive blocks of sample `row` from `first_block` on.
 
-    The last of them may be partly filled; it is read from memory, never written to it.
+    `first_block` counts from the first block at hand (this rank's), `history` the blocks of the document before it.
+    The last block may be partly filled; it is read from memory, and written to it only where the document goes on
+    beyond the blocks at hand, and then it is full.
     """
 
     row: int
     first_block: int
     num_blocks: int
+    history: int = 0
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Document structure of one micro-batch.
+    """Document structure of the part of a micro-batch that this rank holds (all of it without context parallelism).
 
     Attributes:
-        segment_ids: [b, T] integers; equal numbers inside one sample mean the same document, 0 is padding.
+        segment_ids: [b, T_local] integers; equal numbers inside one sample mean the same document, 0 is padding.
         block_length: tokens per block, L.
-        runs: documents of two blocks or more, the only ones with a memory to read (host side).
-        memory_tokens: [b, T] bool, tokens that may read the slots of their block.
-        shared_blocks: whether some block holds more than one document, so that a local mask is needed.
+        runs: the documents with a memory to read here: of two blocks or more, or with a history (host side).
+        leaving: the documents that go on beyond the last block at hand, on the next rank or in the next sample.
+        memory_tokens: [b, T_local] bool, tokens that may read the slots of their block.
+        shared_blocks: whether some block at hand holds more than one document, so that a local mask is needed.
+        history: [ranks + 1][b] blocks of memory that enter each rank's part of each sample, 0 where its first block
+            starts a document; the last line is what the end of the sample hands on to the next one in its slot.
+        sequence_rank: which part this is, from 0.
+        slots: [b] the batch slot of each sample; empty where no memory is carried from sample to sample.
     """
 
     segment_ids: Tensor
     block_length: int
     runs: tuple[Run, ...]
+    leaving: tuple[Run, ...]
     memory_tokens: Tensor
     shared_blocks: bool
+    history: tuple[tuple[int, ...], ...]
+    sequence_rank: int = 0
+    slots: tuple[int, ...] = ()
 
     @property
     def batch_size(self) -> int:
@@ -51,46 +67,103 @@ class BlockLayout:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks at hand, B_local."""
         return self.segment_ids.shape[1] // self.block_length
 
     @property
+    def sequence_size(self) -> int:
+        """Ranks that share a sample."""
+        return len(self.history) - 1
+
+    @property
+    def sample_blocks(self) -> int:
+        """Blocks of a whole sample, B."""
+        return self.num_blocks * self.sequence_size
+
+    @property
+    def entering_rows(self) -> list[int]:
+        """Samples whose first document at hand began before it."""
+        return [row for row, blocks in enumerate(self.history[self.sequence_rank]) if blocks]
+
+    @property
+    def crosses_ranks(self) -> bool:
+        """Whether any document of the micro-batch spans two ranks; the same answer on all of them."""
+        return any(any(line) for line in self.history[1:-1])
+
+    @property
+    def continued_rows(self) -> list[int]:
+        """Samples whose last document goes on in the next sample of their slot; the same answer on all ranks."""
+        return [row for row, blocks in enumerate(self.history[-1]) if blocks]
+
+    @property
     def is_single_document(self) -> bool:
-        """Whether every sample is one document from its first to its last token."""
+        """Whether every sample is, on the blocks at hand, one document with the same history."""
         whole = [run for run in self.runs if run.num_blocks == self.num_blocks]
-        return len(whole) == self.batch_size and not self.shared_blocks
+        return len(whole) == self.batch_size and not self.shared_blocks and len({run.history for run in whole}) == 1
 
     @classmethod
     def from_segment_ids(
-        cls, segment_ids: Tensor, block_length: int, device: torch.device | None = None
+        cls,
+        segment_ids: Tensor,
+        block_length: int,
+        device: torch.device | None = None,
+        *,
+        sequence_rank: int = 0,
+        sequence_size: int = 1,
+        history: Tensor | None = None,
+        continues: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> BlockLayout:
-        """Reads the layout off segment ids.
+        """Reads the layout off the segment ids of whole samples, and keeps this rank's part.
 
         Args:
             segment_ids: [b, T] integers on the CPU (as the data stream gives them).
             block_length: tokens per block.
             device: where the tensors of the layout go (default: stay).
+            sequence_rank, sequence_size: which of how many equal parts of T this rank holds.
+            history: [b] tokens of each sample's first document that its slot has read before, multiples of L.
+            continues: [b] whether each sample's last document goes on in the next sample of its slot.
+            slots: [b] batch slots, needed with `history` and `continues`.
 
         Raises:
-            ValueError: T is not a multiple of `block_length`.
+            ValueError: T is not a multiple of `block_length` × `sequence_size`.
         """
         rows, tokens = segment_ids.shape
-        if tokens % block_length:
+        if tokens % (block_length * sequence_size):
             raise ValueError(
-                f"a sample of {tokens} tokens is not a whole number of blocks of {block_length}: "
-                "choose data.sequence_length as a multiple of memory.block_length"
+                f"a sample of {tokens} tokens is not a whole number of blocks of {block_length} on each of "
+                f"{sequence_size} ranks: choose data.sequence_length as a multiple of memory.block_length "
+                "× context_parallel_size"
             )
+        before = [0] * rows if history is None else (history // block_length).tolist()
+        goes_on = [False] * rows if continues is None else continues.tolist()
         blocks = segment_ids.view(rows, -1, block_length)
         first, last = blocks[..., 0], blocks[..., -1]
         uniform = (blocks == first[..., None]).all(-1)
-        continues = torch.zeros_like(uniform)
-        continues[:, 1:] = uniform[:, :-1] & (last[:, :-1] == first[:, 1:]) & (first[:, 1:] != PADDING)
-        memory_tokens = (blocks == first[..., None]) & continues[..., None]
+        continued = torch.zeros_like(uniform)
+        continued[:, 1:] = uniform[:, :-1] & (last[:, :-1] == first[:, 1:]) & (first[:, 1:] != PADDING)
+        continued[:, 0] = torch.tensor(before) > 0
+        memory_tokens = (blocks == first[..., None]) & continued[..., None]
+
+        documents = [_stretches(row, flags, before[row]) for row, flags in enumerate(continued.tolist())]
+        size = blocks.shape[1] // sequence_size
+        table = tuple(
+            tuple(_entering(documents[row], rank * size, goes_on[row]) for row in range(rows))
+            for rank in range(sequence_size + 1)
+        )
+        mine = [_cut(run, sequence_rank * size, size) for row in documents for run in row]
+        after = table[sequence_rank + 1]
+        here = slice(sequence_rank * size, (sequence_rank + 1) * size)
         return cls(
-            segment_ids=segment_ids.to(device),
+            segment_ids=blocks[:, here].flatten(1).contiguous().to(device),
             block_length=block_length,
-            runs=_runs(continues.tolist()),
-            memory_tokens=memory_tokens.view(rows, tokens).to(device),
-            shared_blocks=not bool(uniform.all()),
+            runs=tuple(run for run in mine if run and (run.num_blocks > 1 or run.history)),
+            leaving=tuple(run for run in mine if run and run.first_block + run.num_blocks == size and after[run.row]),
+            memory_tokens=memory_tokens[:, here].flatten(1).contiguous().to(device),
+            shared_blocks=not bool(uniform[:, here].all()),
+            history=table,
+            sequence_rank=sequence_rank,
+            slots=tuple(slots.tolist()) if slots is not None else (),
         )
 
     @classmethod
@@ -101,14 +174,25 @@ class BlockLayout:
         return cls.from_segment_ids(torch.ones(batch_size, tokens, dtype=torch.int32), block_length, device)
 
 
-def _runs(continues: list[list[bool]]) -> tuple[Run, ...]:
-    """Maximal stretches of blocks in which each continues the document of the one before it."""
-    runs = []
-    for row, flags in enumerate(continues):
-        start = 0
-        for block in range(1, len(flags) + 1):
-            if block == len(flags) or not flags[block]:
-                if block - start > 1:
-                    runs.append(Run(row, start, block - start))
-                start = block
-    return tuple(runs)
+def _stretches(row: int, continued: list[bool], history: int) -> list[Run]:
+    """Maximal stretches of blocks of a whole sample in which each continues the document of the one before it."""
+    starts = [block for block, flag in enumerate(continued) if block == 0 or not flag]
+    stops = [*starts[1:], len(continued)]
+    return [Run(row, start, stop - start, 0 if start else history) for start, stop in zip(starts, stops, strict=True)]
+
+
+def _entering(documents: list[Run], block: int, goes_on: bool) -> int:
+    """Blocks of history of the document that covers the blocks on both sides of the start of `block`, else 0."""
+    for run in documents:
+        end = run.first_block + run.num_blocks
+        if run.first_block < block < end or (block == end and run is documents[-1] and goes_on):
+            return run.history + block - run.first_block
+    return documents[0].history if block == 0 else 0
+
+
+def _cut(run: Run, start: int, size: int) -> Run | None:
+    """What blocks start … start + size − 1 hold of a run, counted from `start`; None if nothing."""
+    first, stop = max(run.first_block, start), min(run.first_block + run.num_blocks, start + size)
+    if first >= stop:
+        return None
+    return Run(run.row, first - start, stop - first, run.history + first - run.first_block)

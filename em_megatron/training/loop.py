@@ -6,6 +6,7 @@ data → step (forward, backward, reduce, update) → log → validate → save
 from __future__ import annotations
 
 import uuid
+from itertools import tee
 
 import torch
 
@@ -31,15 +32,18 @@ def train(run: Run) -> None:
         last_step = min(last_step, state.step + config.training.stop_after_steps)
     state.wandb_id = state.wandb_id or uuid.uuid4().hex[:12]
     data = run.training_data()
+    feeds = tee(data, len(run.model))  # every chunk of the model reads the same micro-batches
     held_out = run.corpus.stream(config, "validation") if config.validation.interval else None
     metrics = MetricLog(config, state.step, state.wandb_id, active=torch.distributed.get_rank() == 0)
     speed, tokens_since_row, exit_code = _throughput(run), 0, 1
     try:
         while state.step < last_step:
             try:
-                result = train_step(config, run.layout, run.model, run.optimizer, run.scheduler, data)
+                result = train_step(config, run.layout, run.model, run.optimizer, run.scheduler, feeds)
             except TrainingError as error:
                 raise TrainingError(_explain(run, error)) from None
+            if run.carried is not None:
+                run.carried.advance()
             state.step += 1
             state.consumed_samples += config.training.global_batch_size
             state.consumed_tokens += result.tokens

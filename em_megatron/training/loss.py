@@ -10,7 +10,7 @@ def loss_function(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tens
     """What Megatron's schedules expect with `calculate_per_token_loss`.
 
     Args:
-        loss_mask: [b, T], 1 on tokens that count.
+        loss_mask: [b, T] of this rank, 1 on tokens that count.
         token_losses: [b, T] negative log-likelihoods in nats.
 
     Returns:
@@ -27,8 +27,8 @@ def token_loss_function(token_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sum_over_world(values: Tensor, contributes: bool) -> Tensor:
-    """Sum over the ranks that contribute, known to all ranks afterwards. One contributor per data-parallel rank: the
-    first tensor rank of the last pipeline stage."""
+    """Sum over the ranks that contribute, known to all ranks afterwards. One contributor per data- and context-parallel
+    rank: the first tensor rank of the last pipeline stage."""
     values = values if contributes else torch.zeros_like(values)
     torch.distributed.all_reduce(values)
     return values

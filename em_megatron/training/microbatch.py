@@ -1,4 +1,4 @@
-"""Micro-batches on the device, with the layout of their documents."""
+"""Micro-batches on the device, with the layout of their documents: this rank's part of each sample."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from em_megatron.ops.block_layout import BlockLayout
+from em_megatron.parallel.sequence_split import local_part
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens, labels [b, T] int64; loss_mask [b, T] float32; positions [b, T] in the document's piece."""
+    """tokens, labels [b, T_local] int64; loss_mask [b, T_local] float32; positions [b, T_local] in the document's piece."""
 
     tokens: Tensor
     labels: Tensor
@@ -22,16 +23,39 @@ class MicroBatch:
     layout: BlockLayout
 
     @classmethod
-    def from_batch(cls, batch: dict[str, Tensor], block_length: int, device: torch.device) -> MicroBatch:
-        """From the stream's host tensors; the layout is read on the host, where it needs no synchronisation."""
-        layout = BlockLayout.from_segment_ids(batch["segment_ids"], block_length, device)
-        names = ("tokens", "labels", "loss_mask", "positions")
-        return cls(**{name: batch[name].to(device, non_blocking=True) for name in names}, layout=layout)
+    def from_batch(
+        cls,
+        batch: dict[str, Tensor],
+        block_length: int,
+        device: torch.device,
+        sequence_rank: int = 0,
+        sequence_size: int = 1,
+    ) -> MicroBatch:
+        """From the stream's host tensors of whole samples; the layout is read on the host, without synchronisation."""
+        layout = BlockLayout.from_segment_ids(
+            batch["segment_ids"],
+            block_length,
+            device,
+            sequence_rank=sequence_rank,
+            sequence_size=sequence_size,
+            history=batch["history"],
+            continues=batch["continues"],
+            slots=batch["slot"],
+        )
+        parts = {
+            name: local_part(batch[name], sequence_rank, sequence_size).to(device, non_blocking=True)
+            for name in ("tokens", "labels", "loss_mask", "positions")
+        }
+        return cls(**parts, layout=layout)
 
 
 def micro_batches(
-    batches: Iterator[tuple[dict[str, Tensor], int]], block_length: int, device: torch.device
+    batches: Iterator[tuple[dict[str, Tensor], int]],
+    block_length: int,
+    device: torch.device,
+    sequence_rank: int = 0,
+    sequence_size: int = 1,
 ) -> Generator[MicroBatch]:
     """The data iterator of Megatron's schedules; closing it ends the thread that reads ahead."""
     for batch, _ in batches:
-        yield MicroBatch.from_batch(batch, block_length, device)
+        yield MicroBatch.from_batch(batch, block_length, device, sequence_rank, sequence_size)

@@ -13,8 +13,8 @@ from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.config import ConfigError, MemoryConfig, RunConfig, load_config
 from em_megatron.data.manifest import TOKENIZER_NAME
 from em_megatron.data.vocabulary import Vocabulary
-from em_megatron.parallel.process_groups import Layout, initialize
-from em_megatron.training.setup import build_chunks
+from em_megatron.parallel.process_groups import Layout
+from em_megatron.training.setup import build_chunks, initialize_layout
 from em_megatron.validate import validate
 
 
@@ -60,6 +60,9 @@ def saved_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
     alone = [
         "parallel.tensor_model_parallel_size=1",
         "parallel.pipeline_model_parallel_size=1",
+        "parallel.virtual_pipeline_model_parallel_size=1",
+        "parallel.context_parallel_size=1",
+        "memory.carry_memory=false",
         "parallel.sequence_parallel=false",
         "parallel.use_distributed_optimizer=false",
         "training.recompute=none",
@@ -75,14 +78,16 @@ def restore(path: Path, overrides: Sequence[str], world_size: int) -> Restored:
     """
     checkpoint = find_checkpoint(path)
     config = saved_config(checkpoint, overrides)
-    data_parallel = world_size // (
-        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-    )
+    parallel = config.parallel
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    data_parallel = max(1, world_size // (model_ranks * parallel.context_parallel_size))
     # Batch sizes of training say nothing here; one that divides keeps `validate` about what matters.
-    config.training.global_batch_size = config.training.micro_batch_size * max(1, data_parallel)
+    config.training.global_batch_size = (
+        config.training.micro_batch_size * data_parallel * parallel.pipeline_model_parallel_size
+    )
     validate(config, world_size)
     vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_NAME)
-    layout = initialize(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size)
+    layout = initialize_layout(config)
     model = build_chunks(config, layout, vocabulary.size, initialize=False)
     store = CheckpointStore(checkpoint.parent, config.checkpoint.keep_last)
     state = store.load(checkpoint, model_chunks=model)

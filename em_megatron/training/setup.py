@@ -26,8 +26,9 @@ from em_megatron.data.manifest import TOKENIZER_NAME, Manifest
 from em_megatron.data.shards import ShardReader
 from em_megatron.data.stream import TokenStream, prefetch
 from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.model.carried_memory import CarriedMemory
 from em_megatron.model.initialization import initialize_weights
-from em_megatron.model.language_model import build_model, transformer_config
+from em_megatron.model.language_model import attach_carried_memory, build_model, model_chunks, transformer_config
 from em_megatron.model.sizes import padded_vocab_size, shape_of
 from em_megatron.parallel import cpu_backend
 from em_megatron.parallel.process_groups import Layout, initialize
@@ -42,11 +43,22 @@ FIXED = (
     "seed",
     "data.sequence_length",
     "memory.block_length",
+    "memory.carry_memory",
     *(
         f"model.{field.name}"
         for field in dataclasses.fields(ModelConfig)
         if field.name not in ("size", "hidden_dropout")
     ),
+)
+
+
+# And where memory is carried from step to step, what says which states there are.
+FIXED_WITH_CARRIED_MEMORY = (
+    "training.global_batch_size",
+    "memory.kind",
+    "memory.order",
+    "memory.layers",
+    "memory.discretization",
 )
 
 
@@ -73,6 +85,7 @@ class Corpus:
     def stream(self, config: RunConfig, split: str) -> TokenStream:
         """Samples of a split, packed for this run."""
         reader = ShardReader(self.path, split)
+        carries = config.memory.carry_memory and split == "train"
         return TokenStream(
             reader,
             config.data.sequence_length,
@@ -80,6 +93,7 @@ class Corpus:
             config.seed,
             self.vocabulary.pad_id,
             shuffle=split == "train",
+            slots=config.training.global_batch_size if carries else 0,
         )
 
 
@@ -107,6 +121,7 @@ class Run:
     scheduler: Any
     store: CheckpointStore
     state: TrainState
+    carried: CarriedMemory | None = None
 
     def save(self) -> None:
         """Writes a complete checkpoint of this step."""
@@ -130,7 +145,17 @@ class Run:
         )
         if self.config.data.prefetch:
             batches = prefetch(batches, self.config.data.prefetch)
-        return micro_batches(batches, self.config.memory.block_length, self.device)
+        layout = self.layout
+        return micro_batches(batches, self.config.memory.block_length, self.device, layout.cp_rank, layout.cp_size)
+
+    def carried_state(self) -> dict[str, Any] | None:
+        """The states carried from step to step, as a checkpoint holds them; None where none are."""
+        if self.carried is None:
+            return None
+        size, layout = self.config.training.global_batch_size, self.layout
+        micro = self.config.training.micro_batch_size
+        mine = [slot for slot in range(size) if slot // micro % layout.dp_size == layout.dp_rank]
+        return self.carried.sharded_state(layout.pg_collection, mine, size)
 
 
 def set_up(config: RunConfig, world_size: int) -> Run:
@@ -142,11 +167,11 @@ def set_up(config: RunConfig, world_size: int) -> Run:
     """
     validate(config, world_size)
     corpus = Corpus.open(Path(config.data.path).expanduser())
-    parallel = config.parallel
-    layout = initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    layout = initialize_layout(config)
     device = cpu_backend.device()
-    # Dropout differs between stages and data-parallel ranks; Megatron's tracker sees to tensor ranks.
-    tensor_parallel.model_parallel_cuda_manual_seed(config.seed + layout.pp_rank * layout.dp_size + layout.dp_rank)
+    # Dropout differs between stages, data- and context-parallel ranks; Megatron's tracker sees to tensor ranks.
+    place = (layout.pp_rank * layout.dp_size + layout.dp_rank) * layout.cp_size + layout.cp_rank
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed + place)
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep_last)
     newest = store.latest(resuming=True)
     if newest is not None:
@@ -164,6 +189,7 @@ def set_up(config: RunConfig, world_size: int) -> Run:
         scheduler=build_scheduler(config, optimizer),
         store=store,
         state=TrainState(data_identity=corpus.manifest.identity),
+        carried=attach_carried_memory(model) if config.memory.carry_memory else None,
     )
     if newest is not None:
         _resume(run, newest)
@@ -173,12 +199,26 @@ def set_up(config: RunConfig, world_size: int) -> Run:
     return run
 
 
+def initialize_layout(config: RunConfig) -> Layout:
+    """Megatron's process groups for the run's layout."""
+    parallel, chunks = config.parallel, model_chunks(config)
+    return initialize(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        chunks if chunks > 1 else None,
+        parallel.context_parallel_size,
+    )
+
+
 def build_chunks(config: RunConfig, layout: Layout, vocab_size: int, initialize: bool = True) -> list[torch.nn.Module]:
     """This rank's part of the model, with the initial weights of the seed unless a checkpoint will fill it."""
-    vocab = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
-    first, last = layout.pp_rank == 0, layout.pp_rank == layout.pp_size - 1
-    model = build_model(config, vocab, layout.pg_collection, pre_process=first, post_process=last)
-    chunks = [model.to(cpu_backend.device())]
+    vocab, count = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by), model_chunks(config)
+    chunks = []
+    for chunk in range(count):
+        first = layout.pp_rank == 0 and chunk == 0
+        last = layout.pp_rank == layout.pp_size - 1 and chunk == count - 1
+        model = build_model(config, vocab, layout.pg_collection, pre_process=first, post_process=last, chunk=chunk)
+        chunks.append(model.to(cpu_backend.device()))
     if initialize:
         initialize_weights(chunks, config.seed, config.model.init_method_std, shape_of(config.model).num_layers)
     return chunks
@@ -193,8 +233,11 @@ def wrap_for_training(config: RunConfig, chunks: list[torch.nn.Module], layout: 
         check_for_nan_in_grad=False,  # train_step decides on loss and norm, on all ranks alike
     )
     return [
-        DistributedDataParallel(transformer_config(config), ddp, chunk, pg_collection=layout.pg_collection)
-        for chunk in chunks
+        # Later chunks finish their backward pass first and together, so that buckets would gain them nothing.
+        DistributedDataParallel(
+            transformer_config(config), ddp, chunk, disable_bucketing=index > 0, pg_collection=layout.pg_collection
+        )
+        for index, chunk in enumerate(chunks)
     ]
 
 
@@ -206,14 +249,15 @@ def connect_schedule(model: list[torch.nn.Module], optimizer: Any) -> None:
     megatron_config.finalize_model_grads_func = finalize_model_grads
     megatron_config.grad_scale_func = optimizer.scale_loss
     if torch.cuda.is_available():
-        megatron_config.no_sync_func = model[0].no_sync
+        no_sync = [chunk.no_sync for chunk in model]
+        megatron_config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
 
 
 def check_continues(config: RunConfig, checkpoint: Path) -> None:
     """Refuses to go on from `checkpoint` with settings under which its weights or its place in the data mean another thing.
 
     Raises:
-        ConfigError: resuming is switched off, or a setting of FIXED differs from the one saved.
+        ConfigError: resuming is switched off, or a setting that is fixed over a run differs from the one saved.
     """
     if not config.checkpoint.resume:
         raise ConfigError(
@@ -221,7 +265,7 @@ def check_continues(config: RunConfig, checkpoint: Path) -> None:
             "choose another name, or remove the folder"
         )
     saved = load_config(checkpoint / "config.yaml")
-    for key in FIXED:
+    for key in (*FIXED, *(FIXED_WITH_CARRIED_MEMORY if config.memory.carry_memory else ())):
         before, now = attrgetter(key)(saved), attrgetter(key)(config)
         if before != now:
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,23 +49,26 @@ def _token_losses(batch: MicroBatch, model: torch.nn.Module) -> Tensor:
 
 
 def is_reporting_rank(layout: Layout) -> bool:
-    """One rank per data-parallel rank holds the losses: the first tensor rank of the last pipeline stage."""
+    """One rank per data- and context-parallel rank holds its losses: the first tensor rank of the last pipeline stage."""
     return layout.tp_rank == 0 and layout.pp_rank == layout.pp_size - 1
 
 
 def run_schedule(
     step_function: Any,
-    data: Iterator[MicroBatch],
+    data: Sequence[Iterator[MicroBatch]],
     model: list[torch.nn.Module],
     config: RunConfig,
     num_microbatches: int,
     micro_batch_size: int,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Megatron's schedule for this layout: what the loss function logged, per micro-batch (last stage only)."""
+    """Megatron's schedule for this layout: what the loss function logged, per micro-batch (last stage only).
+
+    `data` gives the same micro-batches to each chunk of `model`.
+    """
     return get_forward_backward_func()(
         forward_step_func=step_function,
-        data_iterator=data,
+        data_iterator=list(data) if len(model) > 1 else data[0],
         model=model,
         num_microbatches=num_microbatches,
         seq_length=config.data.sequence_length,
@@ -80,7 +83,7 @@ def train_step(
     model: list[torch.nn.Module],
     optimizer: Any,
     scheduler: Any,
-    data: Iterator[MicroBatch],
+    data: Sequence[Iterator[MicroBatch]],
 ) -> StepResult:
     """Forward, backward, reduction, clipping, update.
 

@@ -87,16 +87,42 @@ def test_triangle_is_built_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
 
 
-def test_step_is_the_superchunk_of_one_block() -> None:
+def test_a_block_is_the_superchunk_of_one_block() -> None:
     banks = MemoryBanks(11, 6, samplers.uniform(3))
-    for block in (0, 1, 12):
-        carry, inject = banks.step(block, FP64, CPU)
-        chunk = banks.superchunk(block, 1, FP64, CPU)
-        assert torch.equal(carry, chunk.carry)
-        assert torch.equal(inject, chunk.inject)
-        assert chunk.triangle == ()
-    assert banks.step(12, FP64, CPU)[0] is banks.step(12, FP64, "cpu")[0]
-    assert not banks.step(0, FP64, CPU)[0].any()
+    for number in (0, 1, 12):
+        block, chunk = banks.block(number, FP64, CPU), banks.superchunk(number, 1, FP64, CPU)
+        assert torch.equal(block.carry, chunk.carry)
+        assert torch.equal(block.inject, chunk.inject)
+        assert block.triangle == chunk.triangle == ()
+        assert (block.read_carry is None) == (chunk.read_carry is None) == (number == 0)
+        if number:
+            assert torch.equal(block.read_carry, chunk.read_carry)
+        assert torch.equal(banks.step(number, FP64, CPU).carry, chunk.carry)
+    assert banks.block(12, FP64, CPU) is banks.block(12, FP64, "cpu")
+    assert not banks.block(0, FP64, CPU).carry.any()
+
+
+def test_carry_between_any_two_moments() -> None:
+    banks = MemoryBanks(11, 6, samplers.uniform(3))
+    assert torch.equal(banks.carry(2, 7, FP64, CPU), legs.carry(11, 12, 42))
+    assert banks.carry(2, 7, FP64, CPU) is banks.carry(2, 7, FP64, CPU)
+    for start, stop in ((0, 3), (4, 3)):
+        with pytest.raises(ValueError, match="0 < start_block <= stop_block"):
+            banks.carry(start, stop, FP64, CPU)
+
+
+def test_passing_matrices_are_kept_while_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(banks_module, "_PASSING_BYTES", 3 * 8 * 11 * 11)  # three carries
+    banks = MemoryBanks(11, 6, samplers.uniform(3))
+    first = [banks.carry(1, stop, FP64, CPU) for stop in (2, 3, 4)]
+    assert banks.carry(1, 2, FP64, CPU) is first[0]
+    banks.carry(1, 5, FP64, CPU)
+    assert banks.carry(1, 2, FP64, CPU) is first[0]
+    assert banks.carry(1, 3, FP64, CPU) is not first[1]
+    assert torch.equal(banks.carry(1, 3, FP64, CPU), first[1])
+    steps = [banks.step(number, FP64, CPU) for number in range(9)]
+    assert banks.step(8, FP64, CPU) is steps[8]
+    assert banks.step(0, FP64, CPU) is not steps[0]
 
 
 def test_memory_identity_and_dtypes() -> None:
@@ -119,7 +145,8 @@ def test_built_in_inference_mode_serves_training() -> None:
     with torch.inference_mode():
         chunk = banks.superchunk(1, 2, FP64, CPU)
         tensors = [*chunk.triangle, chunk.read_carry, chunk.carry, chunk.inject, banks.read(FP64, CPU)]
-        tensors += banks.step(3, FP64, CPU)
+        block = banks.block(3, FP64, CPU)
+        tensors += [block.carry, block.inject, block.read_carry, banks.carry(2, 5, FP64, CPU)]
     assert not any(tensor is None or tensor.is_inference() for tensor in tensors)
 
 
@@ -209,8 +236,8 @@ def test_bad_input_is_refused() -> None:
         MemoryBanks(8, 4, torch.tensor([0.0, 0.5]))
     with pytest.raises(ValueError, match="num_blocks >= 1"):
         MemoryBanks(8, 4, points).superchunk(0, 0, FP64, CPU)
-    with pytest.raises(ValueError, match="block >= 0"):
-        MemoryBanks(8, 4, points).step(-1, FP64, CPU)
+    with pytest.raises(ValueError, match="numbered from 0"):
+        MemoryBanks(8, 4, points).block(-1, FP64, CPU)
 
 
 @pytest.mark.parametrize(("order", "millions"), [(540, 23), (2160, 118), (8640, 890)])

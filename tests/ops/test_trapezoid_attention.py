@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from em_megatron.ops.block_layout import BlockLayout
+from em_megatron.ops.rotary import rotary_tables, rotate
 from em_megatron.ops.trapezoid_attention import batched, trapezoid_attention
 from tests.conftest import FP64
 
@@ -53,13 +54,16 @@ def test_equals_reference(segments, heads, kv_heads, slots, path, monkeypatch):
     weight = torch.randn_like(expected)
     expected_grads = torch.autograd.grad((expected * weight).sum(), named.values())
     if path == "one softmax":
-        monkeypatch.setattr(
-            batched.JoinedFlash,
-            "apply",
-            lambda q, qr, k, v, km, vm, readable, mask: batched._one_softmax(
-                q, qr, k, v, km, vm, readable, None if mask is None else mask == 0
-            ),
-        )
+
+        def apply(q, km, vm, readable, local, lse, joint):
+            group = q.shape[1] // named["key"].shape[2]
+            q_rotated, k, v = (batched._fold(named[name], LENGTH) for name in ("query", "key", "value"))
+            cos, sin = rotary_tables(LENGTH, 4, 10000.0, q.dtype, q.device)
+            k, v = (batched._expand_heads(x, group) for x in (rotate(k, cos, sin), v))
+            visible = batched._visible(layout) if layout.shared_blocks else None
+            return batched._one_softmax(q, rotate(q_rotated, cos, sin), k, v, km, vm, readable, visible)
+
+        monkeypatch.setattr(batched.JoinMemory, "apply", apply)
     actual = run(named, layout, "batched")
     torch.testing.assert_close(actual, expected, **FP64, msg=lambda m: f"output: {m}")
     actual_grads = torch.autograd.grad((actual * weight).sum(), named.values())
@@ -73,6 +77,21 @@ def test_gradcheck():
     torch.autograd.gradcheck(
         lambda *values: run(dict(zip(names, values, strict=True)), layout, "batched"), list(named.values())
     )
+
+
+def test_slots_are_asked_for_after_the_blocks_own_part(monkeypatch):
+    """What the slots wait for, such as states from other ranks, has that long to arrive; the numbers are the same."""
+    named, layout = inputs(SEGMENTS["packed"], 2, 1, 3)
+    order, local = [], batched.LocalFlash.apply
+    monkeypatch.setattr(batched.LocalFlash, "apply", lambda *args: order.append("own part") or local(*args))
+
+    def slots():
+        order.append("slots")
+        return named["slot_keys"], named["slot_values"]
+
+    out = trapezoid_attention(named["query"], named["key"], named["value"], slots, layout)
+    assert order == ["own part", "slots"]
+    assert torch.equal(out, run(named, layout, "batched"))
 
 
 def test_blocks_without_history_ignore_their_slots():

@@ -5,6 +5,9 @@ Legend: L block length, N order, S slots, m blocks of a superchunk, ch channels 
 A superchunk of m blocks reads    M = A C_start + G X ,   G strictly lower triangular in blocks [m·S, m·L].
 The bank stores G by levels of a binary split (level l: pairs of groups of w = 2^l blocks, the right one reads the left),
 so one batched product per level does exactly the work of the triangle.
+
+The map is linear, so what the blocks at hand give and what a state that entered from before them gives are computed
+apart and added: the first needs nothing from other ranks (`MemoryScan`, in the order write, read_own, read_all).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from em_megatron.hippo.banks import MemoryBanks
+from em_megatron.hippo.banks import MemoryBanks, Superchunk
 from em_megatron.ops.block_layout import BlockLayout, Run
 
 
@@ -58,39 +61,64 @@ class TriangleProduct(torch.autograd.Function):
         return dx[: num_blocks * length].to(dy.dtype), None, None, *[None] * len(levels)
 
 
-def memory_scan(x: Tensor, banks: MemoryBanks, superchunk: int, sample_blocks: int) -> Tensor:
-    """Slots of every block of documents that all start with the first row of `x` and span k blocks.
-
-    The state is carried in fp32 or better whatever the dtype of `x`.
+class MemoryScan:
+    """Runs of one history n and length k, side by side as channels, read and written from a zero state.
 
     Args:
-        x: [k·L, ch]; the last block is not read by anyone and may hold anything.
-        banks: the matrices of this order, block length and sampler.
-        superchunk: m, blocks computed at once (1: recurrence, k: fully parallel). Up to rounding it changes nothing.
-        sample_blocks: blocks of a whole sample, ≥ k; documents of every length share the matrices built for it.
-
-    Returns:
-        [k, S, ch]; zeros for the first block.
+        x: [k·L, ch] the runs' tokens; unless they leave, the last block is not written and may hold anything.
+        chunks: superchunks that follow one another from block n on; the last may be longer than what is left of x.
+        leave: whether the state after the last block is wanted.
     """
-    length, slots = banks.block_length, banks.slots
-    num_blocks, channels = x.shape[0] // length, x.shape[1]
-    state: Tensor | None = None
-    pieces = []
-    for start in range(0, num_blocks, superchunk):
-        size = min(superchunk, num_blocks - start)
-        chunk = banks.superchunk(start, min(superchunk, sample_blocks - start), x.dtype, x.device)
-        x_chunk = x[start * length : (start + size) * length]
-        y = x.new_zeros(size * slots, channels)
-        if size > 1:
-            y = TriangleProduct.apply(x_chunk, size, slots, *_first_blocks(chunk.triangle, size))
-        if state is not None:
-            assert chunk.read_carry is not None  # only the superchunk at the start has no history
-            y = torch.addmm(y, chunk.read_carry[: size * slots], state.to(x.dtype))
-        pieces.append(y)
-        if start + size < num_blocks:
-            added = chunk.inject @ x_chunk.to(chunk.inject.dtype)
-            state = added if state is None else torch.addmm(added, chunk.carry, state)
-    return torch.cat(pieces).view(num_blocks, slots, channels)
+
+    def __init__(self, x: Tensor, chunks: list[Superchunk], slots: int, block_length: int, leave: bool) -> None:
+        self.x, self.chunks, self.slots, self.block_length = x, chunks, slots, block_length
+        self.history, self.num_blocks = chunks[0].start_block, x.shape[0] // block_length
+        self._states: list[Tensor | None] = []  # at the start of each chunk, [N, ch] in fp32 or better
+        self.end: Tensor | None = None  # after the last block
+        for chunk, tokens in zip(chunks, self._tokens(), strict=True):
+            self._states.append(self.end)
+            if chunk is not chunks[-1] or leave:
+                added = chunk.inject @ tokens.to(chunk.inject.dtype)
+                self.end = added if self.end is None else torch.addmm(added, chunk.carry, self.end)
+
+    def _tokens(self) -> list[Tensor]:
+        first, length = self.history, self.block_length
+        starts = [(chunk.start_block - first) * length for chunk in self.chunks]
+        return [self.x[a:b] for a, b in zip(starts, [*starts[1:], self.x.shape[0]], strict=True)]
+
+    def read_own(self) -> list[Tensor]:
+        """What the blocks of a chunk read from the blocks before them in it: [blocks·S, ch] per chunk."""
+        found = []
+        for chunk, tokens in zip(self.chunks, self._tokens(), strict=True):
+            blocks = tokens.shape[0] // self.block_length
+            if blocks > 1:
+                levels = _first_blocks(chunk.triangle, blocks)
+                found.append(TriangleProduct.apply(tokens, blocks, self.slots, *levels))
+            else:
+                found.append(tokens.new_zeros(blocks * self.slots, tokens.shape[1]))
+        return found
+
+    def read_all(self, own: list[Tensor], entering: Tensor | None) -> Tensor:
+        """Slots of every block [k, S, ch], zeros where there is no history.
+
+        Args:
+            own: what `read_own` gave.
+            entering: [N, ch] state after the n blocks before the runs; None for n = 0.
+        """
+        pieces = []
+        for chunk, y, state in zip(self.chunks, own, self._states, strict=True):
+            before = _sum(state, entering)
+            if before is not None:
+                assert chunk.read_carry is not None  # only the chunk at the start of a document has no history
+                y = torch.addmm(y, chunk.read_carry[: y.shape[0]], before.to(y.dtype))
+            pieces.append(y)
+            if entering is not None and chunk is not self.chunks[-1]:
+                entering = chunk.carry @ entering
+        return torch.cat(pieces).view(self.num_blocks, self.slots, -1)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _first_blocks(triangle: tuple[Tensor, ...], size: int) -> list[Tensor]:
@@ -98,42 +126,119 @@ def _first_blocks(triangle: tuple[Tensor, ...], size: int) -> list[Tensor]:
     return [g[: len(range(1 << level, size, 2 << level))] for level, g in enumerate(triangle) if 1 << level < size]
 
 
-def memory_slots(signal: Tensor, layout: BlockLayout, banks: MemoryBanks, superchunk: int) -> Tensor:
-    """What each block reads: the state of its document after the block before it.
+class BlockMemory:
+    """The memory of the blocks at hand, in three steps, so that states can travel between ranks meanwhile.
+
+    1. constructing it writes: `leaving_states` then holds what the blocks at hand add to documents that go on;
+    2. `read_own()` computes what needs no state from elsewhere;
+    3. `slots(entering)` adds the states that documents brought along.
 
     Args:
-        signal: [T, b, h, c], keys and values of a layer side by side in the last dimension.
-        layout: the documents of the batch.
+        signal: [T_local, b, h, c], raw keys and values side by side.
+        layout: the documents of the blocks at hand.
         banks: the matrices of this order, block length and sampler.
-        superchunk: m.
-
-    Returns:
-        [B, S, b, h, c]; zeros for blocks without a history.
+        superchunk: m, blocks computed at once.
     """
-    shape = signal.shape[1:]
-    if layout.is_single_document:
-        return memory_scan(signal.flatten(1), banks, superchunk, layout.num_blocks).unflatten(-1, shape)
-    slots = signal.new_zeros(layout.num_blocks, layout.batch_size, banks.slots, *shape[1:])
-    if layout.runs:
-        where, what = zip(*(_scan_runs(signal, runs, layout, banks, superchunk)
-                            for runs in _by_length(layout.runs)), strict=True)  # fmt: skip
-        blocks, rows = torch.cat(where, 1).to(signal.device)
-        slots = slots.index_put((blocks, rows), torch.cat(what))
-    return slots.movedim(2, 1)
+
+    def __init__(self, signal: Tensor, layout: BlockLayout, banks: MemoryBanks, superchunk: int) -> None:
+        self.layout, self.banks, self.shape = layout, banks, signal.shape[1:]
+        self.like = signal.new_zeros(())
+        self.groups = _groups(layout)
+        self.scans = [self._scan(signal, runs, min(superchunk, layout.num_blocks)) for runs in self.groups]
+        self._own: list[list[Tensor]] | None = None
+
+    def _scan(self, signal: Tensor, runs: list[Run], superchunk: int) -> MemoryScan:
+        layout, length, size = self.layout, self.layout.block_length, runs[0].num_blocks
+        if len(runs) == layout.batch_size and size == layout.num_blocks:
+            x = signal.flatten(1)
+        else:
+            spans = [signal[run.first_block * length : (run.first_block + size) * length, run.row] for run in runs]
+            x = torch.stack(spans, 1).flatten(1)
+        leave = runs[0] in layout.leaving
+        chunks = _chunks(runs[0], leave, layout, self.banks, superchunk, x)
+        return MemoryScan(x, chunks, self.banks.slots, length, leave)
+
+    @property
+    def leaving_states(self) -> Tensor | None:
+        """[N, leaving runs, h, c] in the order of layout.leaving: states after the last block at hand, as if nothing
+        had been there before the first; None if no document goes on."""
+        found: dict[int, Tensor] = {}
+        for runs, scan in zip(self.groups, self.scans, strict=True):
+            if scan.end is not None and runs[0] in self.layout.leaving:
+                for run, state in zip(
+                    runs, scan.end.unflatten(-1, (len(runs), *self.shape[1:])).unbind(1), strict=True
+                ):
+                    found[run.row] = state
+        return torch.stack([found[run.row] for run in self.layout.leaving], 1) if found else None
+
+    def read_own(self) -> None:
+        """Step 2; `slots` does it where it was left out."""
+        self._own = [scan.read_own() for scan in self.scans]
+
+    def slots(self, entering: Tensor | None = None) -> Tensor:
+        """[B_local, S, b, h, c], zeros for blocks without a history.
+
+        Args:
+            entering: [N, rows, h, c] states of the documents that began before the blocks at hand, in the order of
+                layout.entering_rows; None if there are none.
+        """
+        if self._own is None:
+            self.read_own()
+        assert self._own is not None
+        column = {row: index for index, row in enumerate(self.layout.entering_rows)}
+        found = []
+        for runs, scan, own in zip(self.groups, self.scans, self._own, strict=True):
+            state = None
+            if scan.history:
+                assert entering is not None
+                state = entering[:, [column[run.row] for run in runs]].flatten(1)
+            found.append(scan.read_all(own, state))  # [k, S, runs·h·c]
+        return self._place(found)
+
+    def _place(self, scanned: list[Tensor]) -> Tensor:
+        layout = self.layout
+        if layout.is_single_document:
+            return scanned[0].unflatten(-1, self.shape)
+        slots = self.like.new_zeros(layout.num_blocks, layout.batch_size, self.banks.slots, *self.shape[1:])
+        reading = [(runs, piece) for runs, piece in zip(self.groups, scanned, strict=True) if runs[0] in layout.runs]
+        if reading:
+            where = [(run.first_block + step, run.row) for runs, _ in reading
+                     for step in range(runs[0].num_blocks) for run in runs]  # fmt: skip
+            what = [piece.unflatten(-1, (len(runs), *self.shape[1:])).movedim(2, 1).flatten(0, 1)
+                    for runs, piece in reading]  # fmt: skip
+            blocks, rows = torch.tensor(where).T.to(self.like.device)
+            slots = slots.index_put((blocks, rows), torch.cat(what))
+        return slots.movedim(2, 1)
 
 
-def _by_length(runs: tuple[Run, ...]) -> list[list[Run]]:
-    ordered = sorted(runs, key=lambda run: run.num_blocks)
-    return [list(group) for _, group in groupby(ordered, key=lambda run: run.num_blocks)]
+def _groups(layout: BlockLayout) -> list[list[Run]]:
+    """Runs that are read or go on, those of equal history, length and fate together."""
+
+    def key(run: Run) -> tuple[int, int, bool]:
+        return run.history, run.num_blocks, run in layout.leaving
+
+    spans = sorted({*layout.runs, *layout.leaving}, key=lambda run: (key(run), run.row, run.first_block))
+    return [list(group) for _, group in groupby(spans, key=key)]
 
 
-def _scan_runs(
-    signal: Tensor, runs: list[Run], layout: BlockLayout, banks: MemoryBanks, superchunk: int
-) -> tuple[Tensor, Tensor]:
-    """Scans runs of one length k side by side as channels: (block, row) [2, k·runs] and slots [k·runs, S, h, c]."""
-    size, length = runs[0].num_blocks, layout.block_length
-    spans = [signal[run.first_block * length : (run.first_block + size) * length, run.row] for run in runs]
-    scanned = memory_scan(torch.stack(spans, 1).flatten(1), banks, superchunk, layout.num_blocks)  # [k, S, runs·h·c]
-    scanned = scanned.unflatten(-1, (len(runs), *signal.shape[2:])).movedim(2, 1)  # [k, runs, S, h, c]
-    where = [(run.first_block + step, run.row) for step in range(size) for run in runs]
-    return torch.tensor(where).T, scanned.flatten(0, 1)
+def _chunks(
+    run: Run, leave: bool, layout: BlockLayout, banks: MemoryBanks, superchunk: int, x: Tensor
+) -> list[Superchunk]:
+    """The matrices for a run, whose chunks are numbered from the start of its document.
+
+    Documents that begin with a rank's part share the superchunks of that part, whatever their length. For those that
+    begin anywhere these would be others each time; they go block by block, with matrices that many can share.
+    """
+    first, size, part = run.history, run.num_blocks, layout.num_blocks
+    aligned = first % part == 0 and first < layout.sample_blocks and (size == part or not leave)
+    if not aligned or superchunk == 1:
+        return [banks.block(block, x.dtype, x.device) for block in range(first, first + size)]
+    starts = range(first, first + size, superchunk)
+    return [banks.superchunk(start, min(superchunk, first + part - start), x.dtype, x.device) for start in starts]
+
+
+def memory_slots(
+    signal: Tensor, layout: BlockLayout, banks: MemoryBanks, superchunk: int, entering: Tensor | None = None
+) -> Tensor:
+    """What each block reads: the state of its document after the block before it; see the public function."""
+    return BlockMemory(signal, layout, banks, superchunk).slots(entering)

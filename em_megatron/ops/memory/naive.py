@@ -36,7 +36,12 @@ def memory_read(state: Tensor, points: Tensor) -> Tensor:
 
 
 def memory_slots(
-    signal: Tensor, layout: BlockLayout, order: int, points: Tensor, discretization: str = "exact"
+    signal: Tensor,
+    layout: BlockLayout,
+    order: int,
+    points: Tensor,
+    discretization: str = "exact",
+    entering: Tensor | None = None,
 ) -> Tensor:
     """What each block reads: the state of its document after the block before it.
 
@@ -46,6 +51,7 @@ def memory_slots(
         order: N.
         points: [S] moments in (0, 1).
         discretization: how the signal is held between tokens.
+        entering: [N, rows, h, c] states of the documents that began before, in the order of layout.entering_rows.
 
     Returns:
         [B, S, b, h, c]; zeros for blocks without a history.
@@ -54,8 +60,12 @@ def memory_slots(
     slots = signal.new_zeros(layout.num_blocks, len(points), *signal.shape[1:])
     for run in layout.runs:
         state = signal.new_zeros(order, *signal.shape[2:])
+        if run.history:
+            assert entering is not None
+            state = entering[:, layout.entering_rows.index(run.row)].to(signal.dtype)
+            slots[run.first_block, :, run.row] = memory_read(state, points)
         for step in range(run.num_blocks - 1):
-            start = (run.first_block + step) * length
-            state = memory_write(state, signal[start : start + length, run.row], step * length, discretization)
+            start, before = (run.first_block + step) * length, (run.history + step) * length
+            state = memory_write(state, signal[start : start + length, run.row], before, discretization)
             slots[run.first_block + step + 1, :, run.row] = memory_read(state, points)
     return slots

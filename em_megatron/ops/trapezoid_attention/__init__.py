@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from em_megatron.ops.block_layout import BlockLayout
@@ -17,7 +19,7 @@ def trapezoid_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slots: tuple[Tensor, Tensor] | None,
+    slots: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None,
     layout: BlockLayout,
     rotary_base: float = 10000.0,
     implementation: str = "batched",
@@ -30,7 +32,8 @@ def trapezoid_attention(
     Args:
         query: [T, b, hq, d], unrotated.
         key, value: [T, b, hk, d], unrotated; hq is a multiple of hk.
-        slots: memory keys and values, each [B, S, b, hk, d], or None for block-local attention.
+        slots: memory keys and values, each [B, S, b, hk, d], or a function that gives them and is called after the
+            blocks' own part where the two are computed apart; None for block-local attention.
         layout: the documents of the batch.
         rotary_base: base of the rotary frequencies.
         implementation: "batched", or "naive" for the query-by-query reference.
@@ -46,4 +49,5 @@ def trapezoid_attention(
             f"attention implementation '{implementation}' is unknown: choose one of {sorted(IMPLEMENTATIONS)}"
         )
     cos, sin = rotary_tables(layout.block_length, query.shape[-1], rotary_base, query.dtype, query.device)
-    return IMPLEMENTATIONS[implementation](query, key, value, slots, layout, cos, sin)
+    read_slots = slots if slots is None or callable(slots) else lambda: slots
+    return IMPLEMENTATIONS[implementation](query, key, value, read_slots, layout, cos, sin)

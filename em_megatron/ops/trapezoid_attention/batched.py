@@ -4,13 +4,15 @@ Legend: B blocks, L block length, S slots, b samples, hq query heads, hk KV head
 
 One softmax over two parts, the slots (a rectangle [L, S], unrotated queries) and the block itself (a triangle [L, L],
 rotated). On the CPU each part runs in torch's flash kernel and the two are joined by their log-sum-exp; the backward of
-each part then takes the joint output and the joint log-sum-exp, which is exact, and no [L, S+L] matrix is stored.
+each part then takes the joint output and the joint log-sum-exp, which is exact, and no [L, S+L] matrix is stored. The
+block's own part comes first and the slots are asked for after it, so that what they wait for has time to arrive.
 Elsewhere one `scaled_dot_product_attention` sees both parts through a doubled head dimension: [q; rotated q] meets
 [slot; 0] and [0; rotated key].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,57 +30,85 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _NOTHING = 1.0e30
 
 
-class JoinedFlash(torch.autograd.Function):
-    """Softmax over slots and own block, joined from two flash attentions by log-sum-exp (CPU kernels)."""
+class _Joint:
+    """What the join of both parts found, for the backward of the local part."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class LocalFlash(torch.autograd.Function):
+    """Attention of a block to itself, whose backward takes the joint output and log-sum-exp (CPU kernels).
+
+    The gradient that comes in is that of the joint output: `JoinMemory` hands it on as it is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, joint: _Joint
+    ) -> tuple[Tensor, Tensor]:
+        """query, key, value [n, hq, L, d], rotated; mask [n, 1, L, L] → out as query, log-sum-exp [n, hq, L]."""
+        out, lse = _flash(query, key, value, 0.0, mask is None, attn_mask=mask)
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.joint = joint
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        grads = _flash_backward(
+            grad.contiguous(), query, key, value, ctx.joint.out, ctx.joint.lse, 0.0, mask is None, attn_mask=mask
+        )
+        return *grads, None, None
+
+
+class JoinMemory(torch.autograd.Function):
+    """Attention to the slots, joined with that of the block by log-sum-exp."""
 
     @staticmethod
     def forward(
         ctx: Any,
         query: Tensor,
-        query_rotated: Tensor,
-        key: Tensor,
-        value: Tensor,
         key_memory: Tensor,
         value_memory: Tensor,
         readable: Tensor,
-        mask: Tensor | None,
+        local: Tensor,
+        lse_local: Tensor,
+        joint: _Joint,
     ) -> Tensor:
-        """query*, key, value [n, hq, L, d]; key_memory, value_memory [n, hk, S, d]; readable [n, L]; mask [n, 1, L, L].
+        """query, local [n, hq, L, d]; key_memory, value_memory [n, hk, S, d]; readable [n, L]; lse_local [n, hq, L].
 
-        The r query heads of a KV head meet the same slots, so for that part they are laid out as r·L queries.
+        The r query heads of a KV head meet the same slots, so they are laid out as r·L queries.
         """
-        n, heads, length, _ = query.shape
-        folded = (n, key_memory.shape[1], -1)
-        q_memory = query.reshape(*folded, query.shape[-1])
-        local, lse_local = _flash(query_rotated, key, value, 0.0, mask is None, attn_mask=mask)
-        memory, lse_memory = _flash(q_memory, key_memory, value_memory, 0.0, False)
-        lse_memory = lse_memory.reshape(n, heads, length).masked_fill(~readable[:, None], -_NOTHING)
+        q_folded = query.reshape(query.shape[0], key_memory.shape[1], -1, query.shape[-1])
+        memory, lse_memory = _flash(q_folded, key_memory, value_memory, 0.0, False)
+        lse_memory = lse_memory.reshape(lse_local.shape).masked_fill(~readable[:, None], -_NOTHING)
         lse = torch.logaddexp(lse_local, lse_memory)
         share = (lse_memory - lse).exp()[..., None].to(query.dtype)
         out = torch.lerp(local, memory.reshape(local.shape), share)
-        ctx.save_for_backward(q_memory, query_rotated, key, value, key_memory, value_memory, readable, mask, out, lse)
+        joint.out, joint.lse = out.detach(), lse
+        ctx.save_for_backward(q_folded, key_memory, value_memory, readable, out, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q_memory, q_rotated, key, value, key_memory, value_memory, readable, mask, out, lse = ctx.saved_tensors
+        q_folded, key_memory, value_memory, readable, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
-        d_rotated, d_key, d_value = _flash_backward(
-            grad, q_rotated, key, value, out, lse, 0.0, mask is None, attn_mask=mask
-        )
-        lse_memory = lse.masked_fill(~readable[:, None], _NOTHING).reshape(q_memory.shape[:-1])
+        lse_memory = lse.masked_fill(~readable[:, None], _NOTHING).reshape(q_folded.shape[:-1])
         d_query, d_key_memory, d_value_memory = _flash_backward(
-            grad.reshape(q_memory.shape),
-            q_memory,
+            grad.reshape(q_folded.shape),
+            q_folded,
             key_memory,
             value_memory,
-            out.reshape(q_memory.shape),
+            out.reshape(q_folded.shape),
             lse_memory,
             0.0,
             False,
         )
-        return d_query.reshape(grad.shape), d_rotated, d_key, d_value, d_key_memory, d_value_memory, None, None
+        return d_query.reshape(grad.shape), d_key_memory, d_value_memory, None, grad, None, None
 
 
 def _fold(x: Tensor, length: int) -> Tensor:
@@ -115,30 +145,30 @@ def trapezoid_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slots: tuple[Tensor, Tensor] | None,
+    read_slots: Callable[[], tuple[Tensor, Tensor]] | None,
     layout: BlockLayout,
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """See the public function for shapes."""
+    """See the public function for shapes; `read_slots` gives memory keys and values when they are needed."""
     length, rows, group = layout.block_length, query.shape[1], query.shape[2] // key.shape[2]
     q, k, v = (_fold(x, length) for x in (query, key, value))
     q_rotated, k_rotated = rotate(q, cos, sin), rotate(k, cos, sin)
     k_rotated, v = _expand_heads(k_rotated, group), _expand_heads(v, group)
     visible = _visible(layout) if layout.shared_blocks else None
-    if slots is None:
+    if read_slots is None:
         out = F.scaled_dot_product_attention(q_rotated, k_rotated, v, attn_mask=visible, is_causal=visible is None)
         return _unfold(out, rows)
-    k_memory, v_memory = (_fold_slots(x) for x in slots)
     readable = layout.memory_tokens.view(-1, length)
-    if q.device.type == "cpu":
-        mask = None
-        if visible is not None:
-            mask = q.new_zeros(visible.shape).masked_fill(~visible, float("-inf"))
-        out = JoinedFlash.apply(q, q_rotated, k_rotated, v, k_memory, v_memory, readable, mask)
-    else:
-        out = _one_softmax(q, q_rotated, k_rotated, v, k_memory, v_memory, readable, visible)
-    return _unfold(out, rows)
+    if q.device.type != "cpu":
+        k_memory, v_memory = (_fold_slots(x) for x in read_slots())
+        return _unfold(_one_softmax(q, q_rotated, k_rotated, v, k_memory, v_memory, readable, visible), rows)
+    mask, joint = None, _Joint()
+    if visible is not None:
+        mask = q.new_zeros(visible.shape).masked_fill(~visible, float("-inf"))
+    local, lse = LocalFlash.apply(q_rotated, k_rotated, v, mask, joint)
+    k_memory, v_memory = (_fold_slots(x) for x in read_slots())
+    return _unfold(JoinMemory.apply(q, k_memory, v_memory, readable, local, lse, joint), rows)
 
 
 def _one_softmax(

@@ -5,6 +5,8 @@ Legend: T tokens, L block length, S slots, b samples, hq query heads, hk KV head
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def trapezoid_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slots: tuple[Tensor, Tensor] | None,
+    read_slots: Callable[[], tuple[Tensor, Tensor]] | None,
     layout: BlockLayout,
     cos: Tensor,
     sin: Tensor,
@@ -24,6 +26,7 @@ def trapezoid_attention(
     """softmax([Q Kmemᵀ | RoPE(Q) RoPE(K)ᵀ + causal] / √d) [Vmem; V], query by query; shapes: public function."""
     length, (tokens, rows, heads, dim) = layout.block_length, query.shape
     group = heads // key.shape[2]
+    slots = read_slots() if read_slots is not None else None
     out = torch.empty_like(query)
     for t in range(tokens):
         block, position = divmod(t, length)
