@@ -95,12 +95,6 @@ class BlockLayout:
         """Samples whose last document goes on in the next sample of their slot; the same answer on all ranks."""
         return [row for row, blocks in enumerate(self.history[-1]) if blocks]
 
-    @property
-    def is_single_document(self) -> bool:
-        """Whether every sample is, on the blocks at hand, one document with the same history."""
-        whole = [run for run in self.runs if run.num_blocks == self.num_blocks]
-        return len(whole) == self.batch_size and not self.shared_blocks and len({run.history for run in whole}) == 1
-
     @classmethod
     def from_segment_ids(
         cls,

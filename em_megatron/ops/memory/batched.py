@@ -149,7 +149,7 @@ class BlockMemory:
 
     def _scan(self, signal: Tensor, runs: list[Run], superchunk: int) -> MemoryScan:
         layout, length, size = self.layout, self.layout.block_length, runs[0].num_blocks
-        if len(runs) == layout.batch_size and size == layout.num_blocks:
+        if self._are_all(runs):
             x = signal.flatten(1)
         else:
             spans = [signal[run.first_block * length : (run.first_block + size) * length, run.row] for run in runs]
@@ -157,6 +157,10 @@ class BlockMemory:
         leave = runs[0] in layout.leaving
         chunks = _chunks(runs[0], leave, layout, self.banks, superchunk, x)
         return MemoryScan(x, chunks, self.banks.slots, length, leave)
+
+    def _are_all(self, runs: list[Run]) -> bool:
+        """Whether these runs are all that is at hand: one document per sample, alike in history and fate."""
+        return len(runs) == self.layout.batch_size and runs[0].num_blocks == self.layout.num_blocks
 
     @property
     def leaving_states(self) -> Tensor | None:
@@ -197,7 +201,7 @@ class BlockMemory:
 
     def _place(self, scanned: list[Tensor]) -> Tensor:
         layout = self.layout
-        if layout.is_single_document:
+        if self.groups and self._are_all(self.groups[0]):
             return scanned[0].unflatten(-1, self.shape)
         slots = self.like.new_zeros(layout.num_blocks, layout.batch_size, self.banks.slots, *self.shape[1:])
         reading = [(runs, piece) for runs, piece in zip(self.groups, scanned, strict=True) if runs[0] in layout.runs]
