@@ -70,8 +70,9 @@ class Route:
         return self.entering(rank + 1)
 
     def passing(self, rank: int) -> list[int]:
-        """Samples with a document that comes from before `rank` and goes on beyond it."""
-        return [row for row in self.leaving(rank) if self.history[rank + 1][row] > self.part]
+        """Samples with a document that reaches `rank` from the rank before it and goes on beyond it."""
+        came = self.entering(rank)
+        return [row for row in self.leaving(rank) if row in came and self.history[rank + 1][row] > self.part]
 
     def sources(self, row: int) -> list[int]:
         """Ranks before this one that hold the document entering here, nearest first."""

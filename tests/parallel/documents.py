@@ -35,11 +35,12 @@ def batch(seed: int, samples: int, blocks: int, block_length: int, vocabulary: i
     The same keys as `data.stream.collate`; slot is the number of the sample.
     """
     generator = torch.Generator().manual_seed(seed)
-    tokens = blocks * block_length
+    tokens, half = blocks * block_length, blocks // 2 * block_length
     rows = [random_segments(generator, blocks, block_length) for _ in range(samples)]
     rows[0] = [1] * tokens
     if samples > 1:
-        rows[1][: tokens // 2 // block_length * block_length] = [99] * (tokens // 2 // block_length * block_length)
+        rows[1] = [1] * half + random_segments(generator, blocks - blocks // 2, block_length)
+        rows[1][half:] = [segment + 1 if segment else 0 for segment in rows[1][half:]]
     segments = torch.tensor(rows, dtype=torch.int32)
     ids = torch.randint(vocabulary, (samples, tokens + 1), generator=generator)
     keep = torch.rand(samples, tokens, generator=generator) < torch.linspace(0.15, 0.95, samples)[:, None]
@@ -54,3 +55,29 @@ def batch(seed: int, samples: int, blocks: int, block_length: int, vocabulary: i
         "continues": torch.zeros(samples, dtype=torch.bool),
         "slot": torch.arange(samples),
     }
+
+
+def successive(
+    seed: int, samples: int, blocks: int, block_length: int, vocabulary: int, steps: int
+) -> list[dict[str, Tensor]]:
+    """`steps` global batches whose documents go on from step to step in their slot: `batch` of longer samples, cut."""
+    long, tokens = batch(seed, samples, steps * blocks, block_length, vocabulary), blocks * block_length
+    found = []
+    for step in range(steps):
+        here = slice(step * tokens, (step + 1) * tokens)
+        cut = {name: value[:, here] if value.dim() == 2 else value.clone() for name, value in long.items()}
+        for row, ids in enumerate(long["segment_ids"].tolist()):
+            cut["history"][row] = _tokens_before(ids, step * tokens)
+            cut["continues"][row] = step < steps - 1 and _tokens_before(ids, (step + 1) * tokens) > 0
+        found.append(cut)
+    return found
+
+
+def _tokens_before(ids: list[int], at: int) -> int:
+    """Tokens of the document that spans `at` before it, 0 if none does."""
+    if at == 0 or ids[at] == 0 or ids[at - 1] != ids[at]:
+        return 0
+    first = at
+    while first > 0 and ids[first - 1] == ids[at]:
+        first -= 1
+    return at - first

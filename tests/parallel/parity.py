@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from em_megatron.config import RunConfig, load_config
-from tests.parallel.documents import batch
+from tests.parallel.documents import batch, successive
 
 VOCABULARY, SAMPLES, STEPS = 48, 8, 3
 # Odd sizes: blocks of 5 tokens, 8 of them, order 7, 3 slots.
@@ -97,6 +97,13 @@ def config_of(overrides: tuple[str, ...]) -> RunConfig:
     return load_config(None, [*RUN, *overrides])
 
 
+def global_batch(config: RunConfig, step: int) -> dict[str, Tensor]:
+    """The whole samples of a step; documents go on from step to step where memory is carried."""
+    blocks = config.data.sequence_length // config.memory.block_length
+    sizes = (SAMPLES, blocks, config.memory.block_length, VOCABULARY)
+    return successive(7, *sizes, STEPS)[step] if config.memory.carry_memory else batch(step, *sizes)
+
+
 def run_case(overrides: tuple[str, ...]) -> Outcome:
     """Trains `STEPS` steps of the same global batches under a layout."""
     return Trained(config_of(overrides)).run()
@@ -108,6 +115,7 @@ class Trained:
     def __init__(self, config: RunConfig) -> None:
         from megatron.core import tensor_parallel
 
+        from em_megatron.model.language_model import attach_carried_memory
         from em_megatron.parallel import cpu_backend
         from em_megatron.training import setup
         from em_megatron.training.optimizer import build_optimizer, build_scheduler
@@ -122,6 +130,8 @@ class Trained:
         self.optimizer = build_optimizer(config, self.model, self.layout.pg_collection)
         self.scheduler = build_scheduler(config, self.optimizer)
         setup.connect_schedule(self.model, self.optimizer)
+        self.carried = attach_carried_memory(self.model) if config.memory.carry_memory else None
+        self.recorded_step = STEPS - 1 if config.memory.carry_memory else 0  # a step in which documents go on
         self.parts = Parts()
 
     def run(self) -> Outcome:
@@ -130,8 +140,10 @@ class Trained:
         losses, norms = [], []
         for step in range(STEPS):
             feeds = [self._micro_batches(step) for _ in self.model]
-            with self._recording() if step == 0 else patch.object(self, "step", 0, create=True):
+            with self._recording() if step == self.recorded_step else nullcontext():
                 result = train_step(self.config, self.layout, self.model, self.optimizer, self.scheduler, feeds)
+            if self.carried is not None:
+                self.carried.advance()
             losses.append(result.loss)
             norms.append(result.grad_norm)
         self._keep_parameters("weight")
@@ -141,7 +153,7 @@ class Trained:
         from em_megatron.training.microbatch import MicroBatch
 
         layout, size = self.layout, self.config.training.micro_batch_size
-        whole = batch(step, SAMPLES, 8, self.config.memory.block_length, VOCABULARY)
+        whole = global_batch(self.config, step)
         for first in range(layout.dp_rank * size, SAMPLES, layout.dp_size * size):
             rows = {name: value[first : first + size] for name, value in whole.items()}
             yield MicroBatch.from_batch(
@@ -254,7 +266,7 @@ def entering_states(overrides: tuple[str, ...], at: set[tuple[int, int, int]]) -
     with patch.object(elastic_attention.LayerMemory, "__init__", recorded), torch.no_grad():
         for micro in trained._micro_batches(0):
             trained.model[0](micro.tokens, None, None, labels=micro.labels, packed_seq_params=micro.layout)
-    segments = batch(0, SAMPLES, 8, trained.config.memory.block_length, VOCABULARY)["segment_ids"]
+    segments = global_batch(trained.config, 0)["segment_ids"]
     parts = Parts()
     for layer, sample, token in at:
         first = token
