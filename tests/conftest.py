@@ -1,13 +1,16 @@
-"""Settings of every test: one thread per process, CPU backend, and new buffers filled with NaN."""
+"""For every test: one thread per process, CPU backend, new buffers filled with NaN, and pools of ranks to share."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+from tests.multi_rank import Pools
 
 torch.set_num_threads(1)
 torch.utils.deterministic.fill_uninitialized_memory = True  # takes effect where deterministic algorithms are asked for
@@ -22,3 +25,11 @@ def unwritten_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Pools]:
+    """`ranks(2).run(function, *args)` on two processes that all tests share."""
+    pools = Pools()
+    yield pools
+    pools.close()

@@ -8,7 +8,7 @@ import torch
 
 from em_megatron.model.initialization import _sharded_parts, initialize_weights
 from em_megatron.parallel import process_groups
-from tests.multi_rank import run_ranks
+from tests.multi_rank import Pools
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the CPU backend")
 
@@ -72,8 +72,8 @@ def _refusal_probe() -> str:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[str, Any]]:
-    return run_ranks(probe, 2)
+def found(ranks: Pools) -> list[dict[str, Any]]:
+    return ranks(2).run(probe)
 
 
 def assemble(parts: Parts) -> dict[str, torch.Tensor]:
@@ -88,10 +88,10 @@ def assemble(parts: Parts) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_starts_from_the_same_weights(name: str, tied: bool, ranks: Any) -> None:
-    whole = assemble(ranks[0]["whole"][tied])
+def test_every_layout_starts_from_the_same_weights(name: str, tied: bool, found: Any) -> None:
+    whole = assemble(found[0]["whole"][tied])
     seen = set()
-    for rank in ranks:
+    for rank in found:
         for key, pieces in rank["parts"][tied][name].items():
             seen.add(key)
             for bounds, piece in pieces:
@@ -100,8 +100,8 @@ def test_every_layout_starts_from_the_same_weights(name: str, tied: bool, ranks:
     assert seen == set(whole)
 
 
-def test_distribution_and_names(ranks: Any) -> None:
-    whole = assemble(ranks[0]["whole"][False])
+def test_distribution_and_names(found: Any) -> None:
+    whole = assemble(found[0]["whole"][False])
     for key, weight in whole.items():
         if weight.dim() < 2:
             assert torch.equal(weight, torch.ones_like(weight)), key
@@ -114,19 +114,19 @@ def test_distribution_and_names(ranks: Any) -> None:
     assert not torch.equal(*proj)
 
 
-def test_gated_halves_differ(ranks: Any) -> None:
-    gate, up = assemble(ranks[0]["whole"][False])["decoder.layers.1.mlp.linear_fc1.weight"].chunk(2)
+def test_gated_halves_differ(found: Any) -> None:
+    gate, up = assemble(found[0]["whole"][False])["decoder.layers.1.mlp.linear_fc1.weight"].chunk(2)
     assert not torch.equal(gate, up)
 
 
-def test_seed_changes_every_matrix(ranks: Any) -> None:
-    whole, other = assemble(ranks[0]["whole"][False]), assemble(ranks[0]["other_seed"])
+def test_seed_changes_every_matrix(found: Any) -> None:
+    whole, other = assemble(found[0]["whole"][False]), assemble(found[0]["other_seed"])
     assert all(not torch.equal(whole[key], other[key]) for key in whole if whole[key].dim() > 1)
 
 
-def test_global_generator_is_left_alone(ranks: Any) -> None:
-    assert all(rank["generator_untouched"] for rank in ranks)
+def test_global_generator_is_left_alone(found: Any) -> None:
+    assert all(rank["generator_untouched"] for rank in found)
 
 
-def test_matrix_outside_the_state_dict_is_refused(ranks: Any) -> None:
-    assert "is not in the model's sharded state dict" in ranks[0]["refused"]
+def test_matrix_outside_the_state_dict_is_refused(found: Any) -> None:
+    assert "is not in the model's sharded state dict" in found[0]["refused"]

@@ -10,7 +10,7 @@ import pytest
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.loop import train
 from em_megatron.training.setup import set_up
-from tests.multi_rank import run_ranks
+from tests.multi_rank import Pools
 from tests.training.corpora import run_config
 
 # fp32 losses of order 5: sums in another order differ by some 1e-7 relative, and 20 steps at a high rate amplify that.
@@ -72,11 +72,10 @@ def without_layout(overrides: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def runs(chain_corpus, tmp_path_factory) -> tuple[dict, dict]:
+def runs(ranks: Pools, chain_corpus, tmp_path_factory) -> tuple[dict, dict]:
     """Metrics per layout, on two ranks and on one."""
-    on_two = run_ranks(
-        losses_of_runs, 2, chain_corpus, tmp_path_factory.mktemp("two"), list(LAYOUTS.values()), timeout=280
-    )[0]
+    folder, settings = tmp_path_factory.mktemp("two"), list(LAYOUTS.values())
+    on_two = ranks(2).run(losses_of_runs, chain_corpus, folder, settings, timeout=280)[0]
     kinds = sorted({without_layout(overrides) for overrides in LAYOUTS.values()})
     try:
         on_one = losses_of_runs(chain_corpus, tmp_path_factory.mktemp("one"), kinds)
