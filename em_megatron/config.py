@@ -132,6 +132,9 @@ class CheckpointConfig:
 
     save_interval: int = option(500, "steps between checkpoints; the last step always saves")
     keep_last: int = option(2, "complete checkpoints kept")
+    asynchronous: bool = option(
+        True, "write in a forked process while training goes on; false waits (and needs no second copy in memory)"
+    )
     resume: bool = option(
         True, "go on from the newest complete checkpoint of this run; false refuses where there is one"
     )

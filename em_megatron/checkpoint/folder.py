@@ -59,13 +59,16 @@ def retain(root: Path, keep_last: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def clean_leftovers(root: Path) -> None:
-    """Remove what a killed save left, after giving back a checkpoint that was about to be replaced."""
+def clean_leftovers(root: Path, keep: str = "") -> None:
+    """Remove what a killed save left, after giving back a checkpoint that was about to be replaced.
+
+    The folder named `keep` is left alone: it is being written.
+    """
     if not root.is_dir():
         return
     for path in sorted(root.iterdir()):
         found = _LEFTOVER.fullmatch(path.name)
-        if not found:
+        if not found or path.name == keep:
             continue
         final = root / found[1]
         if found[2] == "replaced" and not final.exists():

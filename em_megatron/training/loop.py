@@ -40,7 +40,8 @@ def train(run: Run) -> None:
         while state.step < last_step:
             try:
                 result = train_step(config, run.layout, run.model, run.optimizer, run.scheduler, feeds)
-            except TrainingError as error:
+            except TrainingError as error:  # on all ranks alike
+                run.store.finalize(blocking=True)
                 raise TrainingError(_explain(run, error)) from None
             if run.carried is not None:
                 run.carried.advance()
@@ -55,9 +56,11 @@ def train(run: Run) -> None:
             if held_out is not None and (ends or state.step % config.validation.interval == 0):
                 with speed.paused():
                     metrics.validation_row({"step": state.step} | _validate(run, held_out))
+            run.store.finalize()
             if ends or state.step % config.checkpoint.save_interval == 0:
                 with speed.paused():
                     run.save()
+        run.store.finalize(blocking=True)
         exit_code = 0
     finally:
         data.close()

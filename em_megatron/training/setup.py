@@ -124,7 +124,7 @@ class Run:
     carried: CarriedMemory | None = None
 
     def save(self) -> None:
-        """Writes a complete checkpoint of this step."""
+        """Writes a checkpoint of this step, in the background if the run says so: `store.finalize` completes it."""
         self.store.save(
             self.state.step,
             model_chunks=self.model,
@@ -132,6 +132,8 @@ class Run:
             scheduler=self.scheduler,
             train_state=vars(self.state),
             config_text=config_text(self.config),
+            extra=self.carried_state(),
+            asynchronous=self.config.checkpoint.asynchronous,
         )
 
     def training_data(self) -> Generator[MicroBatch]:
@@ -275,7 +277,13 @@ def check_continues(config: RunConfig, checkpoint: Path) -> None:
 
 def _resume(run: Run, newest: Path) -> None:
     """Loads weights, optimizer, schedule, random states and the place in the data."""
-    saved = run.store.load(newest, model_chunks=run.model, optimizer=run.optimizer, scheduler=run.scheduler)
+    saved = run.store.load(
+        newest,
+        model_chunks=run.model,
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
+        extra=run.carried_state(),
+    )
     run.state = TrainState(**saved)
     run.corpus.manifest.check_identity(run.state.data_identity)
     if torch.distributed.get_rank() == 0:
