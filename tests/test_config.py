@@ -33,12 +33,37 @@ BAD = {
     "parallel.pipeline_model_parallel_size=4": "model.num_layers 2 is not divisible by pipeline_model_parallel_size 4",
     "parallel.tensor_model_parallel_size=4": "model.num_query_groups 2 is not divisible by tensor_model_parallel_size 4",
     "parallel.sequence_parallel=true": "needs tensor_model_parallel_size > 1",
+    "parallel.context_parallel_size=0": "parallel.context_parallel_size is 0: it must be at least 1",
+    "parallel.context_parallel_size=2": "is not a multiple of memory.block_length 8 × context_parallel_size 2",
+    "parallel.context_parallel_size=5": "does not divide the 4 ranks started",
+    "parallel.virtual_pipeline_model_parallel_size=2": "needs pipeline_model_parallel_size of 2 or more",
+    "parallel.memory_handoff=mail": "choose one of auto, all_gather, chain",
     "training.global_batch_size=6": "not a multiple of micro_batch_size 1 × data-parallel size 4",
     "optimizer.warmup_steps=5000": "does not fit training.train_steps",
     "optimizer.min_lr=1": "need 0 <= min_lr <= lr",
     "training.precision=fp8": "choose one of bf16, fp32",
     "name=a/b": "cannot name a folder",
 }
+
+
+BAD_TOGETHER = {
+    "model.num_layers=4 parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=3": (
+        "model.num_layers 4 is not divisible by pipeline_model_parallel_size 2 × virtual_pipeline_model_parallel_size 3"
+    ),
+    "model.num_layers=4 parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2 "
+    "training.global_batch_size=6": "micro-batches per step (3) that are a multiple of pipeline_model_parallel_size 2",
+    "data.sequence_length=48 parallel.context_parallel_size=2 memory.superchunk=4": "more than the 3 blocks of a sample",
+    "data.sequence_length=18 memory.block_length=9 parallel.context_parallel_size=2 parallel.sequence_parallel=true "
+    "parallel.tensor_model_parallel_size=2": "divides the 9 tokens of a sample on a rank",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD_TOGETHER)
+def test_combinations_are_refused_in_one_sentence(overrides):
+    with pytest.raises(ConfigError) as refusal:
+        validate(tiny_config(*overrides.split()), world_size=4)
+    assert BAD_TOGETHER[overrides] in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("override", BAD)

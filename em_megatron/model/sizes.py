@@ -105,23 +105,27 @@ def memory_floats_per_sequence(model: ModelConfig, memory: MemoryConfig) -> int:
     return layers * 2 * memory.order * shape.kv_channels * shape.num_query_groups
 
 
-def flops_per_token(model: ModelConfig, memory: MemoryConfig, vocab_size: int, sequence_length: int) -> float:
+def flops_per_token(
+    model: ModelConfig, memory: MemoryConfig, vocab_size: int, sequence_length: int, context_parallel_size: int = 1
+) -> float:
     """Forward and backward multiply-adds ×2 per token of training, recomputation not counted.
 
-    Matrices, the triangle of the own block (L/2 keys on average), the slots, and the memory operator as planned.
+    Matrices, the triangle of the own block (L/2 keys on average), the slots, and the memory operator as planned for the
+    part of a sample that a context-parallel rank holds.
     """
     from em_megatron.hippo.cost_model import memory_cost, plan
 
     shape = shape_of(model)
-    blocks = sequence_length // memory.block_length
+    tokens, split = sequence_length // context_parallel_size, context_parallel_size > 1
+    blocks = tokens // memory.block_length
     layers = len(memory_layers(memory, shape.num_layers))
     matrices = shape.num_layers * _layer_matrices(shape) + vocab_size * shape.hidden_size
     per_key = 2 * shape.num_attention_heads * shape.kv_channels
     attention = per_key * (shape.num_layers * memory.block_length / 2 + layers * memory.slots)
     read_write = 0.0
     if layers:
-        size = memory.superchunk or plan(blocks, memory.order, memory.slots, memory.block_length)
+        sizes = (memory.order, memory.slots, memory.block_length)
+        superchunk = memory.superchunk or plan(blocks, *sizes, part_of_sample=split)
         channels = 2 * shape.num_query_groups * shape.kv_channels
-        per_channel = memory_cost(blocks, size, memory.order, memory.slots, memory.block_length)
-        read_write = layers * channels * per_channel / sequence_length
+        read_write = layers * channels * memory_cost(blocks, superchunk, *sizes, part_of_sample=split) / tokens
     return 6.0 * (matrices + attention + read_write)

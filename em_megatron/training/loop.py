@@ -96,6 +96,8 @@ def _explain(run: Run, error: TrainingError) -> str:
 def _throughput(run: Run) -> Throughput:
     config = run.config
     vocab = padded_vocab_size(run.corpus.vocabulary.size, config.model.make_vocab_size_divisible_by)
-    flops = flops_per_token(config.model, config.memory, vocab, config.data.sequence_length)
+    flops = flops_per_token(
+        config.model, config.memory, vocab, config.data.sequence_length, config.parallel.context_parallel_size
+    )
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"
     return Throughput(flops, run.layout.world_size, name)

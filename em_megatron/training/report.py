@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from em_megatron.config import RunConfig
+from em_megatron.model.language_model import PRECISIONS, handoff_kind, layer_state_bytes
 from em_megatron.model.sizes import (
     flops_per_token,
     memory_floats_per_sequence,
@@ -10,6 +12,7 @@ from em_megatron.model.sizes import (
     padded_vocab_size,
     shape_of,
 )
+from em_megatron.parallel.handoff_cost import received_bytes, ring_attention_bytes, state_bytes
 from em_megatron.training.setup import Run
 
 
@@ -18,19 +21,36 @@ def describe_run(run: Run) -> str:
     config, layout, memory = run.config, run.layout, run.config.memory
     shape = shape_of(config.model)
     vocab = padded_vocab_size(run.corpus.vocabulary.size, config.model.make_vocab_size_divisible_by)
-    flops = flops_per_token(config.model, memory, vocab, config.data.sequence_length)
+    flops = flops_per_token(
+        config.model, memory, vocab, config.data.sequence_length, config.parallel.context_parallel_size
+    )
     layers = len(memory_layers(memory, shape.num_layers))
     blocks = config.data.sequence_length // memory.block_length
-    return "\n".join(
-        [
-            f"run     {config.run_dir}, step {run.state.step} of {config.training.train_steps}",
-            f"model   {num_parameters(config.model, vocab):,} parameters, {shape.num_layers} layers × "
-            f"{shape.hidden_size}, vocabulary {vocab}, {flops / 1e6:,.1f} MFLOP per token, {config.training.precision}",
-            f"memory  {layers} of {shape.num_layers} layers, order {memory.order}, {memory.slots} slots "
-            f"({memory.sampler}), {memory_floats_per_sequence(config.model, memory):,} floats per sequence",
-            f"data    {config.data.path}: {config.data.sequence_length} tokens = {blocks} blocks of "
-            f"{memory.block_length}, {config.training.global_batch_size} samples a step",
-            f"layout  {layout.world_size} ranks on {run.device.type}: tensor {layout.tp_size}, pipeline "
-            f"{layout.pp_size}, data {layout.dp_size}",
-        ]
+    interleaved = f" × {layout.vpp_size} chunks" if layout.vpp_size else ""
+    lines = [
+        f"run     {config.run_dir}, step {run.state.step} of {config.training.train_steps}",
+        f"model   {num_parameters(config.model, vocab):,} parameters, {shape.num_layers} layers × "
+        f"{shape.hidden_size}, vocabulary {vocab}, {flops / 1e6:,.1f} MFLOP per token, {config.training.precision}",
+        f"memory  {layers} of {shape.num_layers} layers, order {memory.order}, {memory.slots} slots "
+        f"({memory.sampler}), {memory_floats_per_sequence(config.model, memory):,} floats per sequence",
+        f"data    {config.data.path}: {config.data.sequence_length} tokens = {blocks} blocks of "
+        f"{memory.block_length}, {config.training.global_batch_size} samples a step",
+        f"layout  {layout.world_size} ranks on {run.device.type}: tensor {layout.tp_size}, pipeline "
+        f"{layout.pp_size}{interleaved}, context {layout.cp_size}, data {layout.dp_size}",
+    ]
+    if layout.cp_size > 1 and layers:
+        lines.append(f"context {describe_handoff(config)}")
+    return "\n".join(lines)
+
+
+def describe_handoff(config: RunConfig) -> str:
+    """What context parallelism moves per layer, beside what ring attention would move for the same sample."""
+    ranks, kind, state = config.parallel.context_parallel_size, handoff_kind(config), layer_state_bytes(config)
+    tokens, itemsize = config.data.sequence_length // ranks, PRECISIONS[config.training.precision].itemsize
+    channels = state // state_bytes(config.memory.order, 1)
+    received, ring = received_bytes(kind, ranks, state), ring_attention_bytes(ranks, tokens, channels, itemsize)
+    return (
+        f"{ranks} ranks × {tokens} tokens; states by {kind}: up to {received / 1e6:,.3g} MB into a rank per layer and "
+        f"micro-batch forward, as much backward (ring attention: {ring / 1e6:,.3g} MB of keys and values forward, "
+        f"{ring / received:.3g} times as much)"
     )

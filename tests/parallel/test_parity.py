@@ -8,6 +8,7 @@ machine with GPUs `pytest -m gpu` runs the same cases over NCCL, those that the 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +136,11 @@ def check_states(ranks, model: tuple[str, ...], parts: list[Parts], expected: bo
     (truth,) = ranks(1).run(entering_states, model, at)
     errors = {name: error(name, truth, parts, whole=True) for name in found}
     assert {name: value for name, value in errors.items() if value > TOLERANCE} == {}
+
+
+def test_the_readme_names_every_case():
+    text = Path("README.md").read_text()
+    section = text[text.index("## Layouts and the tests") : text.index("## Figures")]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert named == set(CASES)
