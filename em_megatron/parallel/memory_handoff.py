@@ -131,12 +131,8 @@ class Exchange(ABC):
     def wait_gradient(self) -> Tensor:
         """The gradient of what was launched, [N, leaving, h, c]."""
 
-    def carried(self, state: Tensor, start: int, stop: int, transpose: bool = False) -> Tensor:
-        """carry(start → stop blocks), or its transpose, times a state [N, ...]."""
-        if start == stop:
-            return state
-        matrix = self.banks.carry(start, stop, state.dtype, state.device)
-        return torch.tensordot(matrix.T if transpose else matrix, state, 1)
+    def _carry(self, start: int, stop: int, like: Tensor) -> Tensor:
+        return self.banks.carry(start, stop, like.dtype, like.device)
 
 
 class AllGather(Exchange):
@@ -155,7 +151,7 @@ class AllGather(Exchange):
             at, columns = [self.enter.index(row) for row in rows], self._columns(rows)
             for source in self.route.sources(rows[0]):
                 end = self.route.history[source + 1][rows[0]]
-                found[:, at] += self.carried(self._states[source][:, columns], end, here[rows[0]])
+                found[:, at] += self._carried(self._states[source][:, columns], end, here[rows[0]])
         del self._states, self._work
         return found
 
@@ -173,9 +169,16 @@ class AllGather(Exchange):
             at, columns = [self.leave.index(row) for row in rows], self._columns(rows)
             for target in self.route.targets(rows[0]):
                 start = self.route.history[target][rows[0]]
-                found[:, at] += self.carried(self._gradients[target][:, columns], end[rows[0]], start, transpose=True)
+                found[:, at] += self._carried(self._gradients[target][:, columns], end[rows[0]], start, transpose=True)
         del self._gradients, self._gradient_work
         return found
+
+    def _carried(self, state: Tensor, start: int, stop: int, transpose: bool = False) -> Tensor:
+        """carry(start → stop blocks), or its transpose, times a state [N, ...]."""
+        if start == stop:
+            return state
+        matrix = self._carry(start, stop, state)
+        return torch.tensordot(matrix.T if transpose else matrix, state, 1)
 
     def _columns(self, rows: list[int]) -> list[int]:
         return [self.route.rows.index(row) for row in rows]
@@ -212,6 +215,10 @@ class Chain(Exchange):
         """Receives in_rows from rank − step, adds what passes through, carried, to `own`, and sends the result,
         out_rows, to rank + step; returns what came in: [N, in_rows, h, c]."""
         rank, works, pieces = self.route.rank, [], []
+        self._sent = own  # the side stream may still read it when the caller is done with it
+        # Matrices are made and kept on the layer's own stream.
+        carries = {row: self._carry(self.route.history[rank][row], self.route.history[rank + 1][row], own)
+                   for row in self.route.passing(rank)}  # fmt: skip
         with self._beside():
             for piece in own.tensor_split(chain_pieces(self.route.size, own.shape[-1]), -1):
                 came = piece.new_empty(piece.shape[0], len(in_rows), *piece.shape[2:])
@@ -221,10 +228,9 @@ class Chain(Exchange):
                 if not out_rows:
                     continue
                 total = piece.clone(memory_format=torch.contiguous_format)
-                for row in self.route.passing(rank):
-                    start, stop = self.route.history[rank][row], self.route.history[rank + 1][row]
-                    added = self.carried(came[:, in_rows.index(row)], start, stop, transpose=step < 0)
-                    total[:, out_rows.index(row)] += added
+                for row, carry in carries.items():
+                    matrix = carry if step > 0 else carry.T
+                    total[:, out_rows.index(row)] += torch.tensordot(matrix, came[:, in_rows.index(row)], 1)
                 work = dist.isend(total, group=self.group, group_dst=rank + step)
                 assert work is not None  # it is None only outside the group
                 works.append((work, total))

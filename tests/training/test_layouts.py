@@ -41,13 +41,28 @@ LAYOUTS = {
         "optimizer.lr=1e-3",  # the rate of the others would amplify bf16's rounding
         "optimizer.min_lr=1e-4",
     ),
+    "interleaved 2": (
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.virtual_pipeline_model_parallel_size=2",
+        "model.num_layers=4",
+    ),
+    "context 2": ("parallel.context_parallel_size=2", "data.sequence_length=96"),
+    "context 2, chain, bf16, carried memory": (
+        "parallel.context_parallel_size=2",
+        "parallel.memory_handoff=chain",
+        "data.sequence_length=96",
+        "memory.carry_memory=true",
+        "training.precision=bf16",
+        "optimizer.lr=1e-3",
+        "optimizer.min_lr=1e-4",
+    ),
     "pipeline 2, one memory layer": ("parallel.pipeline_model_parallel_size=2", "memory.layers=1"),
     "tensor 2, selective recompute": (
         "parallel.tensor_model_parallel_size=2",
         "training.recompute=selective",
     ),
 }
-MODEL_ONLY = ("model.", "memory.", "training.precision", "optimizer.")
+MODEL_ONLY = ("model.", "memory.", "data.", "training.precision", "optimizer.")
 
 
 def losses_of_runs(corpus: Path, folder: Path, settings: list[tuple[str, ...]]) -> list[list[dict]]:

@@ -73,7 +73,10 @@ def check_kills(command: list[str], corpus: Path, folder: Path, *extra: str) -> 
     runs = folder / "runs"
     finish(start(command, path, "name=whole"))
     metrics, checkpoints = runs / "killed" / "metrics.jsonl", runs / "killed" / "checkpoints"
-    kill_when(start(command, path, "name=killed"), lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
+    kill_when(
+        start(command, path, "name=killed"),
+        lambda: metrics.exists() and metrics.read_text().count("\n") >= 3 and any(checkpoints.glob("step_*")),
+    )
     saved = {p.name for p in checkpoints.glob("step_*")}
     kill_when(
         start(command, path, "name=killed"),
