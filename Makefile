@@ -132,5 +132,5 @@ format: $(INSTALLED) ## rewrite the code in the project's format
 
 clean: ## remove caches and build products; .venv, data and runs stay
 	@echo "[clean] removing caches and build products"
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

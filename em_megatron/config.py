@@ -65,7 +65,11 @@ class MemoryConfig:
         False, "a document longer than a sample goes on in its batch slot at the next step, its state carried, detached"
     )
     discretization: str = option("exact", "exact, zero_order_hold, bilinear, forward_euler, backward_euler")
-    superchunk: int = option(0, "blocks computed at once, 0: chosen by cost; the same numbers up to rounding")
+    superchunk: int = option(
+        0,
+        "blocks computed at once, 0: chosen by cost; the same numbers up to rounding (documents that begin within a "
+        "context-parallel rank's part and leave it, or go on from another step, are computed one block at a time)",
+    )
     bank_dtype: str = option("compute", "dtype of the memory's matrices: compute (that of the activations), fp32")
     bank_cache: str | None = option(
         "~/.cache/em_megatron/banks", "folder that keeps the matrices between runs; null: none"

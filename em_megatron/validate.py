@@ -154,9 +154,14 @@ def _check_shape(config: RunConfig) -> None:
         raise ConfigError(
             f"memory.superchunk {memory.superchunk} is more than the {blocks} blocks of a sample on a rank: 0 chooses"
         )
+    if memory.carry_memory and not memory_layers(memory, shape.num_layers):
+        raise ConfigError(
+            "memory.carry_memory needs layers with a memory: set memory.kind=elastic and memory.layers, or switch it off"
+        )
     if memory_layers(memory, shape.num_layers) and not memory.superchunk:
         try:
-            plan(blocks, memory.order, memory.slots, memory.block_length, part_of_sample=ranks > 1)
+            split = ranks > 1 or memory.carry_memory
+            plan(blocks, memory.order, memory.slots, memory.block_length, part_of_sample=split)
         except ValueError as error:
             raise ConfigError(f"memory: {error}") from None
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 _POLL_SECONDS = 0.01
 _GRACE_SECONDS = 1.0
+_MOST_SIZES = 3  # of pools alive at once: half a gigabyte a process
 _START_SECONDS = 240.0
 # No collective ends a run by itself: the parent does, by the timeout of the run.
 _COLLECTIVE_TIMEOUT = timedelta(days=1)
@@ -141,7 +142,7 @@ class Ranks:
 
 
 class Pools:
-    """`pools(world_size)` is the shared Ranks of that size; the processes of two sizes at most are kept alive.
+    """`pools(world_size)` is the shared Ranks of that size; the processes of three sizes at most are kept alive.
 
     Call it before each use rather than keeping what it returned, so that it knows which size was used last.
     """
@@ -151,7 +152,7 @@ class Pools:
 
     def __call__(self, world_size: int) -> Ranks:
         pool = self._pools.pop(world_size, None) or Ranks(world_size)
-        for other in list(self._pools.values())[:-1]:
+        for other in list(self._pools.values())[: 1 - _MOST_SIZES]:
             other.close()
         self._pools[world_size] = pool
         return pool

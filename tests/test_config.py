@@ -37,6 +37,7 @@ BAD = {
     "parallel.context_parallel_size=2": "is not a multiple of memory.block_length 8 × context_parallel_size 2",
     "parallel.context_parallel_size=5": "does not divide the 4 ranks started",
     "parallel.virtual_pipeline_model_parallel_size=2": "needs pipeline_model_parallel_size of 2 or more",
+    "memory.carry_memory=true memory.kind=block_local": "memory.carry_memory needs layers with a memory",
     "parallel.memory_handoff=mail": "choose one of auto, all_gather, chain",
     "training.global_batch_size=6": "not a multiple of micro_batch_size 1 × data-parallel size 4",
     "optimizer.warmup_steps=5000": "does not fit training.train_steps",
@@ -69,7 +70,7 @@ def test_combinations_are_refused_in_one_sentence(overrides):
 @pytest.mark.parametrize("override", BAD)
 def test_refused_in_one_sentence(override):
     with pytest.raises(ConfigError) as refusal:
-        validate(tiny_config(override), world_size=4)
+        validate(tiny_config(*override.split(" ")), world_size=4)
     assert BAD[override] in str(refusal.value)
     assert "\n" not in str(refusal.value)
 

@@ -232,13 +232,13 @@ def test_ranks_end_with_their_parent(tmp_path: Path) -> None:
             time.sleep(0.01)
 
 
-def test_pools_keep_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pools_keep_three_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: set[int] = set()
     monkeypatch.setattr(Ranks, "close", lambda self: closed.add(self.world_size))
     pools = Pools()
-    for size, expected in ((1, set()), (2, set()), (1, set()), (4, {2}), (1, {2}), (2, {2, 4})):
+    for size, expected in ((1, set()), (2, set()), (4, set()), (1, set()), (8, {2}), (1, {2}), (2, {2, 4})):
         assert pools(size) is pools(size)
         assert pools(size).world_size == size
         assert closed == expected
     pools.close()
-    assert closed == {1, 2, 4}
+    assert closed == {1, 2, 4, 8}

@@ -42,7 +42,7 @@ class _Shelf:
     """Things kept while they are among the most recently used `limit` bytes; the newest is kept whatever its size."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._things: OrderedDict[tuple[object, ...], tuple[Any, int]] = OrderedDict()
 
     def get(self, key: tuple[object, ...], make: Callable[[], tuple[Any, int]]) -> Any:
@@ -51,7 +51,7 @@ class _Shelf:
             with torch.inference_mode(False):
                 self._things[key] = make()
             held = sum(size for _, size in self._things.values())
-            while held > self._limit and len(self._things) > 1:
+            while held > self.limit and len(self._things) > 1:
                 held -= self._things.popitem(last=False)[1][1]
         self._things.move_to_end(key)
         return self._things[key][0]
@@ -91,9 +91,10 @@ class MemoryBanks:
     """All matrices of one (order N, block_length L, points, discretization).
 
     Kept in memory per (dtype, device); the fp64 originals are dropped after the cast, so a second dtype is read from
-    `cache_dir`, or rebuilt without one. Superchunks are kept for good (`cost_model.plan` bounds their size). Single
+    `cache_dir`, or rebuilt without one. Superchunks are kept for good: `cost_model.plan` bounds the size of those
+    of one history, and a context-parallel rank may need one set for each rank before it. Single
     blocks and carries between any two moments, of which documents that begin anywhere ask for ever new ones, are kept
-    while they fit in 4 GiB (the least recently used go first), the steps of a generation only for the last few blocks;
+    while they fit in 4 GiB or what `make_room` asks for (the least recently used go first), the steps of a generation only for the last few blocks;
     neither is written to disk.
 
     Args: points fp64 [S] in (0, 1); cache_dir a folder for the disk cache, made if absent, None for no disk cache.
@@ -150,6 +151,11 @@ class MemoryBanks:
         return self._passing.get(
             ("block", block, dtype, torch.device(device)), partial(self._make_block, block, dtype, device)
         )
+
+    def make_room(self, blocks: int) -> None:
+        """Keeps at least so many single blocks, with a carry each: those a layer goes through must serve the next."""
+        each = 4 * self.order * (2 * self.order + self.block_length)
+        self._passing.limit = max(self._passing.limit, blocks * each)
 
     def step(self, block: int, dtype: torch.dtype, device: torch.device | str) -> Superchunk:
         """As `block`, but only the last few are kept: a generation never comes back to one."""

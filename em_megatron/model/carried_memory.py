@@ -10,6 +10,7 @@ states; tensor parallelism splits them by heads, pipeline parallelism by layers,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,11 +56,15 @@ class CarriedMemory:
         """Bytes held for the next step."""
         return sum(state.nbytes for state in self._now.values())
 
-    def sharded_state(self, groups: Any, slots: Sequence[int], num_slots: int) -> dict[str, Any]:
+    def most_bytes(self, slots: int) -> int:
+        """Bytes held while a step reads and writes a state for each of `slots` batch slots."""
+        return 2 * slots * sum(math.prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
+
+    def sharded_state(self, groups: Any, slots: Sequence[int], num_slots: int, loading: bool) -> dict[str, Any]:
         """Megatron ShardedTensors of the states of `slots`, for a checkpoint: key → [num_slots, N, h of all ranks, c].
 
-        Slots without a state are zeros; a document that goes on never reads one of those. The tensors become the
-        states that are read, so that loading into them fills this object.
+        Slots without a state are saved as zeros; a document that goes on never reads one of those. When loading, the
+        tensors become the states that are read, so that filling them fills this object.
 
         Args:
             groups: Megatron's process groups.
@@ -70,8 +75,11 @@ class CarriedMemory:
 
         found = {}
         for layer, shape in self.shapes.items():
+            nothing = torch.zeros(shape, dtype=self.dtype, device=self.device)
             for slot in slots:
-                state = self._now.setdefault((layer, slot), torch.zeros(shape, dtype=self.dtype, device=self.device))
+                state = self._now.get((layer, slot), nothing)
+                if loading:
+                    state = self._now[layer, slot] = torch.zeros_like(nothing)
                 found[f"layer{layer}.slot{slot}"] = ShardedTensor.from_rank_offsets(
                     f"carried_memory.layer{layer}",
                     state[None],

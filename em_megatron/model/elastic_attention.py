@@ -87,10 +87,6 @@ class TrapezoidCore(torch.nn.Module):
         out = trapezoid_attention(query, key, value, memory.slots if layout.runs else None, layout, self.rotary_base)
         return memory.close(out).flatten(2)
 
-    def slots(self, key: Tensor, value: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
-        """Memory keys and values of every block, each [B, S, b, hk, d]."""
-        return LayerMemory(self, key, value, layout).slots()
-
 
 class LayerMemory:
     """The memory of one layer and micro-batch: written and sent on construction, read by `slots`, ended by `close`."""
@@ -121,13 +117,14 @@ class LayerMemory:
         assert group is not None
         assert banks is not None
         last = self.layout.sequence_rank == self.layout.sequence_size - 1
-        leaving = None if last else self._leaving(self.state)
+        leaving = None if last else self._leaving()
         return Handoff(leaving, signal, self.layout, banks, group, self.core.handoff)
 
-    def _leaving(self, entering: Tensor | None) -> Tensor | None:
-        """[N, leaving, h, c] states after the last block here: what the blocks here add, and what had entered."""
+    def _leaving(self) -> Tensor | None:
+        """[N, leaving, h, c] states after the last block here: what the blocks here add, and what is known to have
+        entered before them."""
         assert self.core.banks is not None
-        added = self.memory.leaving_states
+        added, entering = self.memory.leaving_states, self.state
         if added is None or entering is None:
             return added
         carried = []
@@ -162,7 +159,7 @@ class LayerMemory:
         assert core.carried is not None
         shape, dtype = core.carried.shapes[core.layer], core.carried.dtype
         last = layout.sequence_rank == layout.sequence_size - 1
-        end = self._leaving(self.state) if last else None
+        end = self._leaving() if last else None
         states = torch.empty(shape[0], len(rows), *shape[1:], dtype=dtype, device=core.carried.device)
         if end is not None:
             states.copy_(end)

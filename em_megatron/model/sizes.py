@@ -116,7 +116,8 @@ def flops_per_token(
     from em_megatron.hippo.cost_model import memory_cost, plan
 
     shape = shape_of(model)
-    tokens, split = sequence_length // context_parallel_size, context_parallel_size > 1
+    tokens = sequence_length // context_parallel_size
+    split = context_parallel_size > 1 or memory.carry_memory
     blocks = tokens // memory.block_length
     layers = len(memory_layers(memory, shape.num_layers))
     matrices = shape.num_layers * _layer_matrices(shape) + vocab_size * shape.hidden_size

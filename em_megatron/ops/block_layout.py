@@ -48,7 +48,8 @@ class BlockLayout:
         history: [ranks + 1][b] blocks of memory that enter each rank's part of each sample, 0 where its first block
             starts a document; the last line is what the end of the sample hands on to the next one in its slot.
         sequence_rank: which part this is, from 0.
-        slots: [b] the batch slot of each sample; empty where no memory is carried from sample to sample.
+        slots: [b] the batch slot of each sample, by which memory is carried from sample to sample; may be empty where
+            none is.
     """
 
     segment_ids: Tensor

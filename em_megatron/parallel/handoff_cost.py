@@ -18,7 +18,7 @@ def state_bytes(order: int, channels: int, itemsize: int = 4) -> int:
 
 
 def received_bytes(kind: str, sequence_size: int, state: int) -> int:
-    """Bytes the last rank, the one that receives most, gets in a layer's forward pass; as many in its backward pass."""
+    """Bytes the rank that receives most gets in a layer's forward pass, or in its backward pass: as many."""
     if sequence_size == 1:
         return 0
     return state * (sequence_size - 1 if kind == "all_gather" else 1)

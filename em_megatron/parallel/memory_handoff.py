@@ -12,7 +12,8 @@ travels in one of two ways, both in fp32 (fp64 for fp64 signals) and exact:
                  the next rank works on the first piece while this one works on the second
 
 Backward is the transposed sum, the same way round. A launch is issued as early as its input is there and waited for as
-late as its output is needed: forward, the block's own attention lies between; backward, that attention's gradient.
+late as its output is needed: forward, the block's own attention lies between; backward, that attention's gradient. (On
+the CPU a rank of the chain receives within its launch, so only the sends overlap; on a GPU the relay has a stream.)
 
 Every rank of the group knows the documents of the whole sample (`BlockLayout.history`), so all agree, without asking, on
 who takes part. Nothing here depends on the number of heads, which tensor parallelism may split beforehand.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from em_megatron.ops.block_layout import BlockLayout
 from em_megatron.parallel.handoff_cost import HANDOFFS, chain_pieces
 
 # torch 2.14 gave the collective another name and warns of the old one.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,6 @@ class Exchange(ABC):
         self.route, self.banks, self.group = route, banks, group
         self.enter = route.entering(route.rank)
         self.leave = route.leaving(route.rank)
-        self._launched_gradient = False
 
     @abstractmethod
     def launch(self, contribution: Tensor) -> None:
@@ -140,7 +140,7 @@ class AllGather(Exchange):
 
     def launch(self, contribution: Tensor) -> None:
         self._shape = contribution.shape[2:]
-        self._nothing = contribution.new_empty(contribution.shape[0], 0, *self._shape)
+        self._nothing = contribution.detach().new_empty(contribution.shape[0], 0, *self._shape)
         self._states, self._work = self._gather(contribution, self.leave)
 
     def wait(self) -> Tensor:
@@ -156,12 +156,10 @@ class AllGather(Exchange):
         return found
 
     def launch_gradient(self, gradient: Tensor | None) -> None:
-        self._launched_gradient = True
         part = self._nothing if gradient is None else gradient
         self._gradients, self._gradient_work = self._gather(part, self.enter)
 
     def wait_gradient(self) -> Tensor:
-        assert self._launched_gradient
         self._gradient_work.wait()
         end = self.route.history[self.route.rank + 1]
         found = self._gradients.new_zeros(self._gradients.shape[1], len(self.leave), *self._shape)
@@ -195,31 +193,32 @@ class Chain(Exchange):
     """From rank to rank, in pieces of the channels. On a GPU the relay runs on a stream of its own."""
 
     def launch(self, contribution: Tensor) -> None:
-        self._like = contribution
-        self._entered = self._relay(contribution, self.leave, self.enter, step=1)
+        self._nothing = contribution.detach().new_empty(contribution.shape[0], 0, *contribution.shape[2:])
+        self._forward = self._relay(contribution, self.leave, self.enter, step=1)
 
     def wait(self) -> Tensor:
-        return self._arrived(self._entered)
+        relayed = self._forward
+        del self._forward  # else this object and what it returned would keep each other alive
+        return relayed.arrived()
 
     def launch_gradient(self, gradient: Tensor | None) -> None:
-        self._launched_gradient = True
-        if gradient is None:
-            gradient = self._like.new_zeros(self._like.shape[0], 0, *self._like.shape[2:])
-        self._returned = self._relay(gradient, self.enter, self.leave, step=-1)
+        gradient = self._nothing if gradient is None else gradient
+        self._backward = self._relay(gradient, self.enter, self.leave, step=-1)
 
     def wait_gradient(self) -> Tensor:
-        assert self._launched_gradient
-        return self._arrived(self._returned)
+        relayed = self._backward
+        del self._backward
+        return relayed.arrived()
 
-    def _relay(self, own: Tensor, out_rows: list[int], in_rows: list[int], step: int) -> Tensor:
+    def _relay(self, own: Tensor, out_rows: list[int], in_rows: list[int], step: int) -> _Relayed:
         """Receives in_rows from rank − step, adds what passes through, carried, to `own`, and sends the result,
-        out_rows, to rank + step; returns what came in: [N, in_rows, h, c]."""
-        rank, works, pieces = self.route.rank, [], []
-        self._sent = own  # the side stream may still read it when the caller is done with it
-        # Matrices are made and kept on the layer's own stream.
+        out_rows, to rank + step; what came in is [N, in_rows, h, c]."""
+        rank, pieces, relayed = self.route.rank, [], _Relayed()
+        # Made and kept on the layer's own stream, and kept until what is queued beside it is done with them.
         carries = {row: self._carry(self.route.history[rank][row], self.route.history[rank + 1][row], own)
                    for row in self.route.passing(rank)}  # fmt: skip
-        with self._beside():
+        relayed.in_use = (own, carries)
+        with relayed.beside():
             for piece in own.tensor_split(chain_pieces(self.route.size, own.shape[-1]), -1):
                 came = piece.new_empty(piece.shape[0], len(in_rows), *piece.shape[2:])
                 if in_rows:
@@ -231,30 +230,45 @@ class Chain(Exchange):
                 for row, carry in carries.items():
                     matrix = carry if step > 0 else carry.T
                     total[:, out_rows.index(row)] += torch.tensordot(matrix, came[:, in_rows.index(row)], 1)
-                work = dist.isend(total, group=self.group, group_dst=rank + step)
-                assert work is not None  # it is None only outside the group
-                works.append((work, total))
-            for work, _ in works:
-                work.wait()
-            return torch.cat(pieces, -1)
+                relayed.sends.append((dist.isend(total, group=self.group, group_dst=rank + step), total))
+            relayed.state = torch.cat(pieces, -1)
+        return relayed
+
+
+class _Relayed:
+    """What a rank of the chain received, and what it is still sending."""
+
+    state: Tensor
+    in_use: Any
+
+    def __init__(self) -> None:
+        self.sends: list[tuple[Any, Tensor]] = []
+        self._event: Any = None
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Work inside is queued beside the layer's own on a GPU; on the CPU it is done when the block ends."""
+    def beside(self) -> Iterator[None]:
+        """Work inside is queued beside the layer's own on a GPU, the ends of the sends after it; on the CPU it is done
+        when the block ends, except for the sends."""
         if not torch.cuda.is_available():
-            with nullcontext():
-                yield
+            yield
             return
         stream = _side_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             yield
+            self._event = stream.record_event()
+            for work, _ in self.sends:
+                work.wait()
 
-    def _arrived(self, state: Tensor) -> Tensor:
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().wait_stream(_side_stream())
-            state.record_stream(torch.cuda.current_stream())
-        return state
+    def arrived(self) -> Tensor:
+        """The state, when it is there."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+            self.state.record_stream(torch.cuda.current_stream())
+        else:
+            for work, _ in self.sends:
+                work.wait()
+        return self.state
 
 
 _streams: dict[int, Any] = {}

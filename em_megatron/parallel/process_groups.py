@@ -62,12 +62,12 @@ def validate_layout(
     if pipeline_model_parallel_size == 1:
         raise ValueError(
             "virtual_pipeline_model_parallel_size interleaves pipeline stages, so it needs "
-            "pipeline_model_parallel_size of 2 or more: raise that or leave this one empty."
+            "pipeline_model_parallel_size of 2 or more: raise that or set this one to 1."
         )
     if chunks < 2:
         raise ValueError(
             f"virtual_pipeline_model_parallel_size is {chunks}, but interleaving needs at least 2 chunks per "
-            "stage: leave it empty to switch interleaving off."
+            "stage: give None to switch it off."
         )
 
 

@@ -10,7 +10,7 @@ from itertools import tee
 
 import torch
 
-from em_megatron.checkpoint.folder import complete_steps, step_name
+from em_megatron.checkpoint.folder import CheckpointError, complete_steps, step_name
 from em_megatron.data.stream import TokenStream
 from em_megatron.evaluation.perplexity import evaluate
 from em_megatron.model.sizes import flops_per_token, memory_floats_per_sequence, padded_vocab_size
@@ -32,7 +32,8 @@ def train(run: Run) -> None:
         last_step = min(last_step, state.step + config.training.stop_after_steps)
     state.wandb_id = state.wandb_id or uuid.uuid4().hex[:12]
     data = run.training_data()
-    feeds = tee(data, len(run.model))  # every chunk of the model reads the same micro-batches
+    # Every chunk of the model reads the same micro-batches.
+    feeds = tee(data, len(run.model)) if len(run.model) > 1 else (data,)
     held_out = run.corpus.stream(config, "validation") if config.validation.interval else None
     metrics = MetricLog(config, state.step, state.wandb_id, active=torch.distributed.get_rank() == 0)
     speed, tokens_since_row, exit_code = _throughput(run), 0, 1
@@ -41,7 +42,6 @@ def train(run: Run) -> None:
             try:
                 result = train_step(config, run.layout, run.model, run.optimizer, run.scheduler, feeds)
             except TrainingError as error:  # on all ranks alike
-                run.store.finalize(blocking=True)
                 raise TrainingError(_explain(run, error)) from None
             if run.carried is not None:
                 run.carried.advance()
@@ -85,6 +85,10 @@ def _validate(run: Run, held_out: TokenStream) -> dict[str, object]:
 
 
 def _explain(run: Run, error: TrainingError) -> str:
+    try:
+        run.store.finalize(blocking=True)
+    except CheckpointError as failure:
+        error = TrainingError(f"{error} (and {failure})")
     first = run.state.consumed_samples
     last = first + run.config.training.global_batch_size - 1
     steps = complete_steps(run.store.root)

@@ -40,6 +40,9 @@ def describe_run(run: Run) -> str:
     ]
     if layout.cp_size > 1 and layers:
         lines.append(f"context {describe_handoff(config)}")
+    if run.carried is not None:
+        held = run.carried.most_bytes(len(run.batch_slots))
+        lines.append(f"carried states from step to step, up to {held / 1e6:,.3g} MB on a rank")
     return "\n".join(lines)
 
 

@@ -57,6 +57,11 @@ def saved_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         if override.startswith("model."):
             raise ConfigError(f"override '{override}' would need other weights: model.* is fixed by the checkpoint")
+        if override.startswith("memory.carry_memory="):
+            raise ConfigError(
+                f"override '{override}' is for training: here each sample begins with an empty memory; for longer "
+                "contexts raise data.sequence_length"
+            )
     alone = [
         "parallel.tensor_model_parallel_size=1",
         "parallel.pipeline_model_parallel_size=1",

@@ -132,7 +132,7 @@ class Run:
             scheduler=self.scheduler,
             train_state=vars(self.state),
             config_text=config_text(self.config),
-            extra=self.carried_state(),
+            extra=self.carried_state(loading=False),
             asynchronous=self.config.checkpoint.asynchronous,
         )
 
@@ -150,14 +150,18 @@ class Run:
         layout = self.layout
         return micro_batches(batches, self.config.memory.block_length, self.device, layout.cp_rank, layout.cp_size)
 
-    def carried_state(self) -> dict[str, Any] | None:
+    @property
+    def batch_slots(self) -> list[int]:
+        """Which samples of every global batch this data-parallel rank reads."""
+        size, micro = self.config.training.global_batch_size, self.config.training.micro_batch_size
+        return [slot for slot in range(size) if slot // micro % self.layout.dp_size == self.layout.dp_rank]
+
+    def carried_state(self, loading: bool) -> dict[str, Any] | None:
         """The states carried from step to step, as a checkpoint holds them; None where none are."""
         if self.carried is None:
             return None
-        size, layout = self.config.training.global_batch_size, self.layout
-        micro = self.config.training.micro_batch_size
-        mine = [slot for slot in range(size) if slot // micro % layout.dp_size == layout.dp_rank]
-        return self.carried.sharded_state(layout.pg_collection, mine, size)
+        size = self.config.training.global_batch_size
+        return self.carried.sharded_state(self.layout.pg_collection, self.batch_slots, size, loading)
 
 
 def set_up(config: RunConfig, world_size: int) -> Run:
@@ -171,9 +175,9 @@ def set_up(config: RunConfig, world_size: int) -> Run:
     corpus = Corpus.open(Path(config.data.path).expanduser())
     layout = initialize_layout(config)
     device = cpu_backend.device()
-    # Dropout differs between stages, data- and context-parallel ranks; Megatron's tracker sees to tensor ranks.
+    # Dropout differs between stages, data- and context-parallel ranks; Megatron adds the tensor rank itself.
     place = (layout.pp_rank * layout.dp_size + layout.dp_rank) * layout.cp_size + layout.cp_rank
-    tensor_parallel.model_parallel_cuda_manual_seed(config.seed + place)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed + place * layout.tp_size)
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep_last)
     newest = store.latest(resuming=True)
     if newest is not None:
@@ -282,7 +286,7 @@ def _resume(run: Run, newest: Path) -> None:
         model_chunks=run.model,
         optimizer=run.optimizer,
         scheduler=run.scheduler,
-        extra=run.carried_state(),
+        extra=run.carried_state(loading=True),
     )
     run.state = TrainState(**saved)
     run.corpus.manifest.check_identity(run.state.data_identity)

@@ -6,6 +6,8 @@ signal. Documents begin, end and span anywhere.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -252,6 +254,30 @@ def test_choice_by_estimated_time():
     assert handoff_cost.choose_handoff(8, large) == handoff_cost.choose_handoff(64, large) == "chain"
     times = [handoff_cost.estimated_seconds("chain", 64, state) for state in (small, large)]
     assert times[0] < times[1]
+
+
+# --- what is kept ---
+
+
+def exchanges_alive(kind: str) -> int:
+    """Exchanges that outlive the backward pass of their layer, of three."""
+    alive = []
+    original = EXCHANGES[kind].__init__
+
+    def remembered(exchange: Any, *args: Any) -> None:
+        alive.append(weakref.ref(exchange))
+        original(exchange, *args)
+
+    with patch.object(EXCHANGES[kind], "__init__", remembered):
+        for _ in range(3):
+            one_layer(kind)
+    gc.collect()
+    return sum(reference() is not None for reference in alive) if len(alive) == 3 else -1
+
+
+@pytest.mark.parametrize("kind", HANDOFFS)
+def test_nothing_is_kept_after_the_backward_pass(ranks, kind):
+    assert ranks(4).run(exchanges_alive, kind) == [0] * 4
 
 
 # --- overlap ---

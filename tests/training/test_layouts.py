@@ -1,4 +1,4 @@
-"""Every layout trains the same model: losses, gradient norms and validation of 20 steps against one rank."""
+"""Layouts through the whole trainer: losses, gradient norms and validation of 20 steps against one rank."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ TOLERANCE = 1e-5
 TOLERANCE_BF16 = 1e-2
 
 LAYOUTS = {
-    "tensor 2": ("parallel.tensor_model_parallel_size=2",),
     "tensor 2, sequence parallel, qk norm": (
         "parallel.tensor_model_parallel_size=2",
         "parallel.sequence_parallel=true",
         "model.qk_layernorm=true",
     ),
-    "pipeline 2": ("parallel.pipeline_model_parallel_size=2",),
     "pipeline 2, tied": (
         "parallel.pipeline_model_parallel_size=2",
         "model.share_embeddings_and_output_weights=true",
     ),
-    "data 2": (),
+    "interleaved 2": (
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.virtual_pipeline_model_parallel_size=2",
+        "model.num_layers=4",
+    ),
+    "context 2": ("parallel.context_parallel_size=2", "data.sequence_length=96"),
     "data 2, distributed optimizer, full recompute": (
         "parallel.use_distributed_optimizer=true",
         "training.recompute=full",
@@ -41,12 +44,6 @@ LAYOUTS = {
         "optimizer.lr=1e-3",  # the rate of the others would amplify bf16's rounding
         "optimizer.min_lr=1e-4",
     ),
-    "interleaved 2": (
-        "parallel.pipeline_model_parallel_size=2",
-        "parallel.virtual_pipeline_model_parallel_size=2",
-        "model.num_layers=4",
-    ),
-    "context 2": ("parallel.context_parallel_size=2", "data.sequence_length=96"),
     "context 2, chain, bf16, carried memory": (
         "parallel.context_parallel_size=2",
         "parallel.memory_handoff=chain",
@@ -55,11 +52,6 @@ LAYOUTS = {
         "training.precision=bf16",
         "optimizer.lr=1e-3",
         "optimizer.min_lr=1e-4",
-    ),
-    "pipeline 2, one memory layer": ("parallel.pipeline_model_parallel_size=2", "memory.layers=1"),
-    "tensor 2, selective recompute": (
-        "parallel.tensor_model_parallel_size=2",
-        "training.recompute=selective",
     ),
 }
 MODEL_ONLY = ("model.", "memory.", "data.", "training.precision", "optimizer.")

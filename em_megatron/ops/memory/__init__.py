@@ -50,6 +50,6 @@ def memory_slots(
 def block_memory(signal: Tensor, layout: BlockLayout, banks: MemoryBanks, superchunk: int = 0) -> batched.BlockMemory:
     """`memory_slots` in steps, for states that come from other ranks meanwhile; arguments as there."""
     if not superchunk:
-        part = layout.sequence_size > 1
+        part = layout.sequence_size > 1 or any(any(line) for line in layout.history)
         superchunk = plan(layout.num_blocks, banks.order, banks.slots, banks.block_length, part_of_sample=part)
     return batched.BlockMemory(signal, layout, banks, superchunk)

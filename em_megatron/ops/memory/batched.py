@@ -236,13 +236,7 @@ def _chunks(
     first, size, part = run.history, run.num_blocks, layout.num_blocks
     aligned = first % part == 0 and first < layout.sample_blocks and (size == part or not leave)
     if not aligned or superchunk == 1:
+        banks.make_room(size)
         return [banks.block(block, x.dtype, x.device) for block in range(first, first + size)]
     starts = range(first, first + size, superchunk)
     return [banks.superchunk(start, min(superchunk, first + part - start), x.dtype, x.device) for start in starts]
-
-
-def memory_slots(
-    signal: Tensor, layout: BlockLayout, banks: MemoryBanks, superchunk: int, entering: Tensor | None = None
-) -> Tensor:
-    """What each block reads: the state of its document after the block before it; see the public function."""
-    return BlockMemory(signal, layout, banks, superchunk).slots(entering)
