@@ -30,6 +30,7 @@ TWO, CARRY = "training.micro_batch_size=2", "memory.carry_memory=true"
 
 # name → (ranks, overrides). The table of layouts in the README has these names.
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one rank, full recompute": (1, (FULL, TWO)),
     "tensor": (2, (TP,)),
     "tensor + sequence": (2, (TP, SP, QK_NORM, SELECTIVE, TWO)),
     "pipeline": (2, (PP, TIED)),
