@@ -237,12 +237,13 @@ def test_bytes_moved_are_the_ones_reported(ranks, kind):
 
 
 def test_bytes_of_the_design_page():
-    """32k tokens on 8 ranks at N = 540: 1/7.6 in numbers, 1/3.8 in bytes; a chain 1/53 in numbers."""
+    """32k tokens on 8 ranks at N = 540: 1/7.6 in numbers, 1/3.8 in bytes; a chain 1/53 and 1/27."""
     channels = 2 * 128 * 8
     state, ring = handoff_cost.state_bytes(540, channels), handoff_cost.ring_attention_bytes(8, 4096, channels)
     gathered, chained = (handoff_cost.received_bytes(kind, 8, state) for kind in ("all_gather", "chain"))
     assert ring / gathered == pytest.approx(3.8, abs=0.02)
     assert ring / 2 / (gathered / 4) == pytest.approx(7.6, abs=0.02)
+    assert ring / chained == pytest.approx(26.5, abs=0.1)
     assert ring / 2 / (chained / 4) == pytest.approx(53.1, abs=0.1)
     assert handoff_cost.received_bytes("chain", 1, state) == handoff_cost.ring_attention_bytes(1, 4096, channels) == 0
 
