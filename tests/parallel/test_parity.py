@@ -68,6 +68,15 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor × interleaved × context": (8, (TP, PP, VPP, CP, CHAIN, FULL)),
 }
 MODEL_ONLY = ("model.", "memory.")
+# Variants whose axes other cases cover: left to the slow tests, as those on 8 ranks are.
+VARIANTS = (
+    "interleaved, full recompute",
+    "context, memory in two layers",
+    "context, no memory",
+    "context, small superchunks",
+    "tensor × context, chain",
+    "interleaved × data",
+)
 
 devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
 PARAMETERS = [
@@ -76,7 +85,7 @@ PARAMETERS = [
         id=f"{name} on {device}",
         marks=[
             *([pytest.mark.gpu] if device == "gpu" else []),
-            *([pytest.mark.slow] if count > 4 and device == "cpu" else []),
+            *([pytest.mark.slow] if (count > 4 or name in VARIANTS) and device == "cpu" else []),
             pytest.mark.skipif(
                 count > devices if device == "gpu" else devices > 0,
                 reason=f"needs {count} GPUs" if device == "gpu" else "the CPU backend is off where CUDA is present",

@@ -24,10 +24,6 @@ LAYOUTS = {
         "parallel.sequence_parallel=true",
         "model.qk_layernorm=true",
     ),
-    "pipeline 2, tied": (
-        "parallel.pipeline_model_parallel_size=2",
-        "model.share_embeddings_and_output_weights=true",
-    ),
     "interleaved 2": (
         "parallel.pipeline_model_parallel_size=2",
         "parallel.virtual_pipeline_model_parallel_size=2",
