@@ -70,6 +70,9 @@ class MemoryConfig:
         "blocks computed at once, 0: chosen by cost; the same numbers up to rounding (documents that begin within a "
         "context-parallel rank's part and leave it, or go on from another step, are computed one block at a time)",
     )
+    kernels: str = option(
+        "auto", "auto (Triton on GPUs, batched PyTorch on CPUs), triton, batched, or naive (the slow reference)"
+    )
     bank_dtype: str = option("compute", "dtype of the memory's matrices: compute (that of the activations), fp32")
     bank_cache: str | None = option(
         "~/.cache/em_megatron/banks", "folder that keeps the matrices between runs; null: none"

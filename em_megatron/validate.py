@@ -12,12 +12,14 @@ from em_megatron.hippo.cost_model import plan
 from em_megatron.hippo.recurrences import DISCRETIZATIONS
 from em_megatron.hippo.samplers import sampler_points
 from em_megatron.model.sizes import memory_layers, shape_of
+from em_megatron.ops.dispatch import REQUESTS, choose
 from em_megatron.parallel.handoff_cost import HANDOFFS
 from em_megatron.parallel.process_groups import validate_layout
 
 CHOICES = {
     "memory.kind": ("elastic", "block_local"),
     "memory.discretization": DISCRETIZATIONS,
+    "memory.kernels": REQUESTS,
     "memory.bank_dtype": ("compute", "fp32"),
     "training.precision": ("bf16", "fp32"),
     "training.recompute": ("none", "selective", "full"),
@@ -74,6 +76,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     points_of(config.memory)
     memory_layers(config.memory, shape_of(config.model).num_layers)
     _check_layout(config, world_size)
+    _check_kernels(config)
     _check_schedule(config)
 
 
@@ -164,6 +167,20 @@ def _check_shape(config: RunConfig) -> None:
             plan(blocks, memory.order, memory.slots, memory.block_length, part_of_sample=split)
         except ValueError as error:
             raise ConfigError(f"memory: {error}") from None
+
+
+def _check_kernels(config: RunConfig) -> None:
+    kernels, device = config.memory.kernels, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    if kernels == "naive" and (config.parallel.context_parallel_size > 1 or config.memory.carry_memory):
+        raise ConfigError(
+            "memory.kernels 'naive' gives no states to hand on: choose auto, or leave context_parallel_size at 1 and "
+            "carry_memory off"
+        )
+    try:
+        choose(kernels, device, dtype, shape_of(config.model).kv_channels)
+    except ValueError as error:
+        raise ConfigError(f"memory.kernels: {error}") from None
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:

@@ -29,12 +29,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from em_megatron.hippo import legs, recurrences
 
 _FORMAT = 1  # of the files in the disk cache
 _PIECE_BYTES = 128 * 2**20  # fp64 columns of `inject` held at once while a triangle is built
 _PASSING_BYTES = 4 * 2**30  # of matrices for one moment of one document, which may never come again
+ORDER_MULTIPLE = 64  # of the padded order, so that tiles of kernels over the order are whole
 _STEPS_KEPT = 8  # inference needs the step of the current block, for each sequence in flight
 
 
@@ -65,26 +67,80 @@ class Superchunk:
     triangle: level l with w = 2^l is [pairs, w·S, w·L], pairs = number of p with (2p+1)w < m; rows of the last pair
         that belong to blocks ≥ m are zero. Empty for m = 1.
     carry, inject: [N, N] and [N, m·L], state at start → state at end, in fp32 or better: what a block adds to a long
-        history is less than bf16 can tell from nothing. Built when first used, because the last
-        superchunk (in the parallel form the only one) never needs them. carry is zero if start_block is 0.
+        history is less than bf16 can tell from nothing. The last superchunk (in the parallel form the only one) never
+        needs them. carry is zero if start_block is 0.
+
+    For kernels, with N rounded up to P by zero rows and columns: padded_read_carry [m·S, P], padded_carry [P, P],
+    padded_inject [P, m·L], and packed_triangle, the rows [S, i·L] for i = 1 … m − 1 one after another.
+
+    Each is built when it is first used.
     """
 
     start_block: int
     num_blocks: int
-    read_carry: Tensor | None
-    triangle: tuple[Tensor, ...]
-    _build_carry: Callable[[], Tensor] = field(repr=False)
-    _build_inject: Callable[[], Tensor] = field(repr=False)
+    dtype: torch.dtype
+    device: torch.device
+    _build: dict[str, Callable[[], list[Tensor]]] = field(repr=False)  # fp64, by name
+
+    def _built(self, name: str, shape: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Tensor, ...]:
+        state = name in ("carry", "inject")
+        dtype = torch.promote_types(self.dtype, torch.float32) if state else self.dtype
+        with torch.inference_mode(False):
+            return tuple(shape(x).to(dtype).to(self.device) for x in self._build[name]())
+
+    @cached_property
+    def read_carry(self) -> Tensor | None:
+        return self._built("read_carry")[0] if self.start_block else None
+
+    @cached_property
+    def triangle(self) -> tuple[Tensor, ...]:
+        return self._built("triangle") if self.num_blocks > 1 else ()
 
     @cached_property
     def carry(self) -> Tensor:
-        with torch.inference_mode(False):
-            return self._build_carry()
+        return self._built("carry")[0]
 
     @cached_property
     def inject(self) -> Tensor:
+        return self._built("inject")[0]
+
+    @cached_property
+    def padded_read_carry(self) -> Tensor:
+        return self._built("read_carry", lambda x: _padded(x, 0, ORDER_MULTIPLE))[0]
+
+    @cached_property
+    def padded_carry(self) -> Tensor:
+        return self._built("carry", lambda x: _padded(x, ORDER_MULTIPLE, ORDER_MULTIPLE))[0]
+
+    @cached_property
+    def padded_inject(self) -> Tensor:
+        return self._built("inject", lambda x: _padded(x, ORDER_MULTIPLE, 0))[0]
+
+    @cached_property
+    def packed_triangle(self) -> Tensor:
+        if self.num_blocks == 1:
+            return torch.empty(0, dtype=self.dtype, device=self.device)
         with torch.inference_mode(False):
-            return self._build_inject()
+            levels = [level.to(self.dtype) for level in self._build["triangle"]()]
+            rows = [_packed_row(levels, i, self.num_blocks) for i in range(1, self.num_blocks)]
+            return torch.cat(rows).to(self.device)
+
+
+def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x with zero rows and columns up to multiples of these numbers; 0 leaves a side as it is."""
+    more = [-x.shape[0] % rows if rows else 0, -x.shape[1] % columns if columns else 0]
+    return functional.pad(x, (0, more[1], 0, more[0]))
+
+
+def _packed_row(levels: list[Tensor], i: int, num_blocks: int) -> Tensor:
+    """Row i of a triangle, [S, i·L], flat, from the levels of its binary split: the bits of i, the highest first."""
+    tiles = []
+    for level, g in reversed(list(enumerate(levels))):
+        width = 1 << level
+        if i & width:
+            slots = g.shape[1] // width
+            tiles.append(g[i // (2 * width), i % width * slots : (i % width + 1) * slots])
+    return torch.cat(tiles, 1).flatten()
 
 
 class MemoryBanks:
@@ -119,17 +175,20 @@ class MemoryBanks:
         self.points, self.discretization, self.cache_dir = points, discretization, cache_dir
         if cache_dir is not None:
             cache_dir.mkdir(parents=True, exist_ok=True)
-        self._reads: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._reads: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._superchunks: dict[tuple[int, int, torch.dtype, torch.device], Superchunk] = {}
         self._passing = _Shelf(_PASSING_BYTES)
         self._decoding = _Shelf(_STEPS_KEPT * 8 * order * (order + block_length))
 
     def read(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """R, the values of the basis at the points: [S, N]."""
-        key = (dtype, torch.device(device))
+        return self._read_in("read_carry", dtype, torch.device(device))
+
+    def _read_in(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (name, dtype, device)
         if key not in self._reads:
-            with torch.inference_mode(False):
-                self._reads[key] = self._read.to(key[1], dtype)
+            alone = Superchunk(1, 1, dtype, device, {"read_carry": lambda: [self._read]})
+            self._reads[key] = getattr(alone, name)
         return self._reads[key]
 
     def superchunk(
@@ -165,14 +224,14 @@ class MemoryBanks:
         if block < 0:
             raise ValueError(f"Blocks are numbered from 0, got {block}.")
         where, state_dtype = torch.device(device), torch.promote_types(dtype, torch.float32)
-        chunk = Superchunk(
-            start_block=block,
-            num_blocks=1,
-            read_carry=self.read(dtype, device) if block else None,
-            triangle=(),
-            _build_carry=lambda: self._carry(block, 1, keep=False).to(where, state_dtype),
-            _build_inject=lambda: self._inject(block, 1).to(where, state_dtype),
-        )
+        build = {
+            "read_carry": lambda: [self._read],
+            "carry": lambda: [self._carry(block, 1, keep=False)],
+            "inject": lambda: [self._inject(block, 1)],
+        }
+        chunk = Superchunk(block, 1, dtype, where, build)
+        for name in ("read_carry", "padded_read_carry"):  # the same for every block
+            vars(chunk)[name] = self._read_in(name, dtype, where) if block else None
         return chunk, state_dtype.itemsize * self.order * (self.order + self.block_length)
 
     def carry(self, start_block: int, stop_block: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -191,19 +250,13 @@ class MemoryBanks:
         return legs.read(self.order, self.points)
 
     def _make_superchunk(self, start: int, blocks: int, dtype: torch.dtype, device: torch.device) -> Superchunk:
-        triangle = self._cached("triangle", start, blocks, lambda: self._triangle(start, blocks)) if blocks > 1 else []
-        read_carry, state_dtype = None, torch.promote_types(dtype, torch.float32)
-        if start > 0:
-            (rows,) = self._cached("read_carry", start, blocks, lambda: [self._read_carry(start, blocks)])
-            read_carry = rows.to(device, dtype)
-        return Superchunk(
-            start_block=start,
-            num_blocks=blocks,
-            read_carry=read_carry,
-            triangle=tuple(level.to(device, dtype) for level in triangle),
-            _build_carry=lambda: self._carry(start, blocks).to(device, state_dtype),
-            _build_inject=lambda: self._inject(start, blocks).to(device, state_dtype),
-        )
+        build = {
+            "triangle": lambda: self._cached("triangle", start, blocks, lambda: self._triangle(start, blocks)),
+            "read_carry": lambda: self._cached("read_carry", start, blocks, lambda: [self._read_carry(start, blocks)]),
+            "carry": lambda: [self._carry(start, blocks)],
+            "inject": lambda: [self._inject(start, blocks)],
+        }
+        return Superchunk(start, blocks, dtype, device, build)
 
     def _read_carry(self, start: int, blocks: int) -> Tensor:
         """A(i) for i = start … start + blocks − 1: fp64 [blocks·S, N]; the first needs no carry."""

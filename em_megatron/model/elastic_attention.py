@@ -7,6 +7,7 @@ depends on K and V of layer l only, so all blocks of a sample go at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,16 @@ class TrapezoidCore(torch.nn.Module):
         """query [T, b, hq, d], key and value [T, b, hk, d], all unrotated, T of this rank → [T, b, hq·d]."""
         uses_memory = layout.runs or layout.crosses_ranks or layout.continued_rows
         if self.banks is None or not uses_memory:
-            return trapezoid_attention(query, key, value, None, layout, self.rotary_base).flatten(2)
+            return self._attend(query, key, value, None, layout).flatten(2)
         memory = LayerMemory(self, key, value, layout)
-        out = trapezoid_attention(query, key, value, memory.slots if layout.runs else None, layout, self.rotary_base)
+        out = self._attend(query, key, value, memory.slots if layout.runs else None, layout)
         return memory.close(out).flatten(2)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, slots: Callable[[], tuple[Tensor, Tensor]] | None,
+        layout: BlockLayout,
+    ) -> Tensor:  # fmt: skip
+        return trapezoid_attention(query, key, value, slots, layout, self.rotary_base, self.memory.kernels)
 
 
 class LayerMemory:
@@ -94,14 +101,15 @@ class LayerMemory:
     def __init__(self, core: TrapezoidCore, key: Tensor, value: Tensor, layout: BlockLayout) -> None:
         assert core.banks is not None
         self.core, self.layout, self.dtype = core, layout, key.dtype
-        signal = torch.cat([key, value], -1)
         if core.memory.detach_memory:
-            signal = signal.detach()
-        if core.memory.bank_dtype == "fp32":
-            signal = signal.float()
-        self.memory = block_memory(signal, layout, core.banks, core.memory.superchunk)
+            key, value = key.detach(), value.detach()
+        bank_dtype = torch.promote_types(key.dtype, torch.float32) if core.memory.bank_dtype == "fp32" else key.dtype
+        self.memory = block_memory(
+            key, value, layout, core.banks, core.memory.superchunk, core.memory.kernels, bank_dtype
+        )
         self.state = self._from_the_step_before()
-        self.handoff = self._send(signal) if layout.crosses_ranks else None
+        nothing = torch.cat([key[:0], value[:0]], -1)
+        self.handoff = self._send(nothing) if layout.crosses_ranks else None
         self.memory.read_own()
 
     def _from_the_step_before(self) -> Tensor | None:
@@ -141,8 +149,8 @@ class LayerMemory:
         """Memory keys and values of every block, each [B, S, b, hk, d]; waits for states on their way."""
         if self.handoff is not None and self.state is None and self.layout.entering_rows:
             self.state = self.handoff.arrive()
-        keys, values = self.memory.slots(self.state).to(self.dtype).chunk(2, -1)
-        return keys, values
+        keys, values = self.memory.slots(self.state)
+        return keys.to(self.dtype), values.to(self.dtype)
 
     def close(self, out: Tensor) -> Tensor:
         """Keeps what goes on in the next step, and returns the layer's output, tied to what other ranks wait for."""

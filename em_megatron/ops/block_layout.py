@@ -12,6 +12,8 @@ go on from, and be continued by, another one in the same batch slot; only its fi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,37 @@ class BlockLayout:
     history: tuple[tuple[int, ...], ...]
     sequence_rank: int = 0
     slots: tuple[int, ...] = ()
+
+    @cached_property
+    def derived(self) -> dict[object, Any]:
+        """What operators work out from this layout, kept here so that one layer does it for all."""
+        return {}
+
+    @cached_property
+    def readers(self) -> Tensor:
+        """[B_local·b] int32, block after block: how many leading tokens of a block read its slots."""
+        tokens = self.memory_tokens.view(self.batch_size, self.num_blocks, self.block_length)
+        return tokens.sum(-1, dtype=torch.int32).T.contiguous().flatten()
+
+    @cached_property
+    def _segment_bounds(self) -> tuple[Tensor, Tensor]:
+        ids = self.segment_ids.view(-1, self.block_length)
+        new = torch.ones_like(ids, dtype=torch.bool)
+        new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        number = new.cumsum(-1, dtype=torch.int32)
+        start = torch.searchsorted(number, number)
+        stop = torch.searchsorted(number, number, right=True)
+        return start.to(torch.int32).view_as(self.segment_ids), stop.to(torch.int32).view_as(self.segment_ids)
+
+    @property
+    def segment_start(self) -> Tensor:
+        """[b, T_local] int32, where in its block the document of a token begins."""
+        return self._segment_bounds[0]
+
+    @property
+    def segment_stop(self) -> Tensor:
+        """[b, T_local] int32, where in its block the document of a token ends."""
+        return self._segment_bounds[1]
 
     @property
     def batch_size(self) -> int:

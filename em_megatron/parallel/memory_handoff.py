@@ -333,7 +333,7 @@ class Handoff:
 
     Args:
         leaving: [N, leaving, h, c] from `BlockMemory.leaving_states`; None where no document goes on.
-        signal: [T_local, b, h, c], what the memory is written from.
+        signal: [any, b, h, c], what the memory is written from, or nothing of it that is still tied to its gradient.
         layout: the documents; `layout.crosses_ranks` must hold.
         banks: the matrices of the memory.
         group: the context-parallel group.

@@ -167,7 +167,7 @@ def test_long_context() -> None:
 
 def make(cache: Path, order: int = 8) -> Superchunk:
     chunk = MemoryBanks(order, 4, samplers.uniform(3), cache_dir=cache).superchunk(1, 3, FP64, CPU)
-    _ = chunk.carry
+    _ = chunk.triangle, chunk.read_carry, chunk.carry  # built when first used
     return chunk
 
 
@@ -217,6 +217,24 @@ def test_damaged_file_is_built_again(tmp_path: Path, damage: str) -> None:
         again = make(tmp_path)
     assert same(again, built)
     assert same(make(tmp_path), built)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 8])
+def test_what_kernels_read_holds_the_same_numbers(blocks: int) -> None:
+    chunk = MemoryBanks(9, 4, samplers.uniform(3)).superchunk(2, blocks, FP64, CPU)
+    assert chunk.padded_read_carry.shape == (blocks * 3, 64)
+    assert (chunk.padded_carry.shape, chunk.padded_inject.shape) == ((64, 64), (64, 4 * blocks))
+    padded = (chunk.padded_read_carry[:, :9], chunk.padded_carry[:9, :9], chunk.padded_inject[:9])
+    for ours, truth in zip(padded, (chunk.read_carry, chunk.carry, chunk.inject), strict=True):
+        assert torch.equal(ours, truth)
+    assert not chunk.padded_carry[9:].any()
+    assert not chunk.padded_inject[9:].any()
+    dense, start = dense_triangle(chunk, 3, 4), 0
+    for i in range(1, blocks):
+        row = chunk.packed_triangle[start : start + 3 * 4 * i].view(3, 4 * i)
+        assert torch.equal(row, dense[3 * i : 3 * i + 3, : 4 * i])
+        start += row.numel()
+    assert start == chunk.packed_triangle.numel()
 
 
 def test_unwritable_cache_costs_only_a_warning(tmp_path: Path) -> None:

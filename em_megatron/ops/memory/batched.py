@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from em_megatron.hippo.banks import MemoryBanks, Superchunk
 from em_megatron.ops.block_layout import BlockLayout, Run
+from em_megatron.ops.memory.schedule import chunk_keys
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -179,8 +180,8 @@ class BlockMemory:
         """Step 2; `slots` does it where it was left out."""
         self._own = [scan.read_own() for scan in self.scans]
 
-    def slots(self, entering: Tensor | None = None) -> Tensor:
-        """[B_local, S, b, h, c], zeros for blocks without a history.
+    def slots(self, entering: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Memory keys and values [B_local, S, b, h, d], zeros for blocks without a history.
 
         Args:
             entering: [N, rows, h, c] states of the documents that began before the blocks at hand, in the order of
@@ -197,7 +198,8 @@ class BlockMemory:
                 assert entering is not None
                 state = entering[:, [column[run.row] for run in runs]].flatten(1)
             found.append(scan.read_all(own, state))  # [k, S, runs·h·c]
-        return self._place(found)
+        keys, values = self._place(found).chunk(2, -1)
+        return keys, values
 
     def _place(self, scanned: list[Tensor]) -> Tensor:
         layout = self.layout
@@ -228,15 +230,8 @@ def _groups(layout: BlockLayout) -> list[list[Run]]:
 def _chunks(
     run: Run, leave: bool, layout: BlockLayout, banks: MemoryBanks, superchunk: int, x: Tensor
 ) -> list[Superchunk]:
-    """The matrices for a run, whose chunks are numbered from the start of its document.
-
-    Documents that begin with a rank's part share the superchunks of that part, whatever their length. For those that
-    begin anywhere these would be others each time; they go block by block, with matrices that many can share.
-    """
-    first, size, part = run.history, run.num_blocks, layout.num_blocks
-    aligned = first % part == 0 and first < layout.sample_blocks and (size == part or not leave)
-    if not aligned or superchunk == 1:
-        banks.make_room(size)
-        return [banks.block(block, x.dtype, x.device) for block in range(first, first + size)]
-    starts = range(first, first + size, superchunk)
-    return [banks.superchunk(start, min(superchunk, first + part - start), x.dtype, x.device) for start in starts]
+    """The matrices for a run."""
+    keys = chunk_keys(run, leave, layout, superchunk)
+    if not keys[0].shared:
+        banks.make_room(len(keys))
+    return [key.matrices(banks, x.dtype, x.device) for key in keys]

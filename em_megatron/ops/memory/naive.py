@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from em_megatron.hippo import legs, recurrences
+from em_megatron.hippo.banks import MemoryBanks
 from em_megatron.ops.block_layout import BlockLayout
 
 
@@ -69,3 +70,27 @@ def memory_slots(
             state = memory_write(state, signal[start : start + length, run.row], before, discretization)
             slots[run.first_block + step + 1, :, run.row] = memory_read(state, points)
     return slots
+
+
+class NaiveMemory:
+    """`memory_slots` in the steps of the other implementations; it gives no states to go on with.
+
+    Args:
+        key, value: [T, b, h, d].
+        layout, banks: as in `memory_slots`.
+    """
+
+    leaving_states = None
+
+    def __init__(self, key: Tensor, value: Tensor, layout: BlockLayout, banks: MemoryBanks) -> None:
+        self.signal, self.layout, self.banks = torch.cat([key, value], -1), layout, banks
+
+    def read_own(self) -> None:
+        """Nothing: all is computed at once."""
+
+    def slots(self, entering: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Memory keys and values [B, S, b, h, d], zeros for blocks without a history."""
+        banks = self.banks
+        found = memory_slots(self.signal, self.layout, banks.order, banks.points, banks.discretization, entering)
+        keys, values = found.chunk(2, -1)
+        return keys, values

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from em_megatron.ops.block_layout import BlockLayout
+from em_megatron.ops.dispatch import choose
 from em_megatron.ops.rotary import rotary_tables
 from em_megatron.ops.trapezoid_attention import batched, naive
 
 __all__ = ["trapezoid_attention"]
-
-IMPLEMENTATIONS = {"batched": batched.trapezoid_attention, "naive": naive.trapezoid_attention}
 
 
 def trapezoid_attention(
@@ -22,7 +21,7 @@ def trapezoid_attention(
     slots: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None,
     layout: BlockLayout,
     rotary_base: float = 10000.0,
-    implementation: str = "batched",
+    implementation: str = "auto",
 ) -> Tensor:
     """O = softmax([Q Kmemᵀ | RoPE(Q) RoPE(K)ᵀ + causal] / √d) [Vmem; V], block by block (arXiv 2602.11212).
 
@@ -36,18 +35,20 @@ def trapezoid_attention(
             blocks' own part where the two are computed apart; None for block-local attention.
         layout: the documents of the batch.
         rotary_base: base of the rotary frequencies.
-        implementation: "batched", or "naive" for the query-by-query reference.
+        implementation: see `dispatch.choose`; "naive" is the query-by-query reference.
 
     Returns:
         [T, b, hq, d].
 
     Raises:
-        ValueError: unknown implementation or odd head dimension.
+        ValueError: unknown implementation, one that cannot run here, or an odd head dimension.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention implementation '{implementation}' is unknown: choose one of {sorted(IMPLEMENTATIONS)}"
-        )
-    cos, sin = rotary_tables(layout.block_length, query.shape[-1], rotary_base, query.dtype, query.device)
+    name = choose(implementation, query.device, query.dtype, query.shape[-1]).name
     read_slots = slots if slots is None or callable(slots) else lambda: slots
-    return IMPLEMENTATIONS[implementation](query, key, value, read_slots, layout, cos, sin)
+    if name == "triton":
+        from em_megatron.ops.trapezoid_attention import triton
+
+        return triton.trapezoid_attention(query, key, value, read_slots, layout, rotary_base)
+    cos, sin = rotary_tables(layout.block_length, query.shape[-1], rotary_base, query.dtype, query.device)
+    module = naive if name == "naive" else batched
+    return module.trapezoid_attention(query, key, value, read_slots, layout, cos, sin)
