@@ -1,4 +1,5 @@
-"""For every test: one thread per process, CPU backend, new buffers filled with NaN, and pools of ranks to share."""
+"""For every test: one thread per process, CPU backend, Triton's interpreter where there is no GPU, new buffers filled with
+NaN, and pools of ranks to share."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined; ranks inherit it
 
 from tests.multi_rank import Pools
 

@@ -44,15 +44,15 @@ Tiles = dict[str, int]  # tile sizes, num_warps, num_stages
 
 
 def tuned(
-    configs: list[Tiles], key: list[str], element: str, shared_bytes: Callable[[Tiles, int, int], int], **options: Any
+    configs: list[Tiles], key: list[str], element: str, fits: Callable[[Tiles, int, int, int], bool], **options: Any
 ) -> Any:
     """`triton.autotune` over tile sizes that fit the device; the choice is kept on disk, so that runs repeat it.
 
     Args:
-        configs: tile sizes, num_warps and num_stages of each.
+        configs: tile sizes, num_warps and num_stages of each; the last is taken where none fits.
         key: arguments whose values call for a choice of their own.
         element: the argument whose elements fill the tiles.
-        shared_bytes: (config, head dimension of a tile, bytes per element) → shared memory it takes.
+        fits: (config, width of a tile, bytes per element, bytes of shared memory) → whether it is worth a try.
         options: more for `triton.autotune`, such as restore_value.
     """
     if interpreting():
@@ -61,9 +61,8 @@ def tuned(
 
     def fitting(candidates: list[triton.Config], arguments: dict[str, Any], **more: Any) -> list[triton.Config]:
         named = {**arguments, **more}
-        limit = _shared_memory(named[element].device)
-        need = [shared_bytes(_tiles(c), named["BLOCK_D"], named[element].element_size()) for c in candidates]
-        return [c for c, size in zip(candidates, need, strict=True) if size <= max(limit, min(need))]
+        width, itemsize, limit = named["BLOCK_D"], named[element].element_size(), _shared_memory(named[element].device)
+        return [c for c in candidates if fits(_tiles(c), width, itemsize, limit)] or candidates[-1:]
 
     return triton.autotune(
         configs=[_config(tiles) for tiles in configs],

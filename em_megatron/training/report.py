@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from em_megatron.config import RunConfig
 from em_megatron.model.language_model import PRECISIONS, handoff_kind, layer_state_bytes
 from em_megatron.model.sizes import (
@@ -12,6 +14,7 @@ from em_megatron.model.sizes import (
     padded_vocab_size,
     shape_of,
 )
+from em_megatron.ops.dispatch import choose
 from em_megatron.parallel.handoff_cost import received_bytes, ring_attention_bytes, state_bytes
 from em_megatron.training.setup import Run
 
@@ -35,6 +38,7 @@ def describe_run(run: Run) -> str:
         f"({memory.sampler}), {memory_floats_per_sequence(config.model, memory):,} floats per sequence",
         f"data    {config.data.path}: {config.data.sequence_length} tokens = {blocks} blocks of "
         f"{memory.block_length}, {config.training.global_batch_size} samples a step",
+        f"kernels {_kernels(config, run.device)}",
         f"layout  {layout.world_size} ranks on {run.device.type}: tensor {layout.tp_size}, pipeline "
         f"{layout.pp_size}{interleaved}, context {layout.cp_size}, data {layout.dp_size}",
     ]
@@ -44,6 +48,13 @@ def describe_run(run: Run) -> str:
         held = run.carried.most_bytes(len(run.batch_slots))
         lines.append(f"carried states from step to step, up to {held / 1e6:,.3g} MB on a rank")
     return "\n".join(lines)
+
+
+def _kernels(config: RunConfig, device: torch.device) -> str:
+    chosen = choose(
+        config.memory.kernels, device, PRECISIONS[config.training.precision], shape_of(config.model).kv_channels
+    )
+    return f"{chosen.name} for memory and attention ({chosen.reason})"
 
 
 def describe_handoff(config: RunConfig) -> str:

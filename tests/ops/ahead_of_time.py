@@ -74,14 +74,14 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 FLAGS = {"HAS_TOKENS": True, "HAS_STATES": True, "ACCUMULATE": False}
 KERNELS: dict[str, tuple[Any, list[Tiles], Any]] = {
-    "read": (memory.read_kernel, memory.CONFIGS, memory.shared_bytes),
-    "write": (memory.write_kernel, memory.CONFIGS, memory.shared_bytes),
-    "signal_gradient": (memory.signal_gradient_kernel, memory.CONFIGS, memory.shared_bytes),
-    "state_gradient": (memory.state_gradient_kernel, memory.CONFIGS, memory.shared_bytes),
-    "forward": (attention.forward_kernel, attention.FORWARD_CONFIGS, attention.query_side_bytes),
-    "query_gradient": (attention.query_gradient_kernel, attention.QUERY_GRADIENT_CONFIGS, attention.query_side_bytes),
-    "key_gradient": (attention.key_gradient_kernel, attention.KEY_GRADIENT_CONFIGS, attention.key_side_bytes),
-    "slot_gradient": (attention.slot_gradient_kernel, attention.KEY_GRADIENT_CONFIGS, attention.key_side_bytes),
+    "read": (memory.read_kernel, memory.CONFIGS, memory.fits),
+    "write": (memory.write_kernel, memory.CONFIGS, memory.fits),
+    "signal_gradient": (memory.signal_gradient_kernel, memory.CONFIGS, memory.fits),
+    "state_gradient": (memory.state_gradient_kernel, memory.CONFIGS, memory.fits),
+    "forward": (attention.forward_kernel, attention.FORWARD_CONFIGS, attention.query_side_fits),
+    "query_gradient": (attention.query_gradient_kernel, attention.QUERY_GRADIENT_CONFIGS, attention.query_side_fits),
+    "key_gradient": (attention.key_gradient_kernel, attention.KEY_GRADIENT_CONFIGS, attention.key_side_fits),
+    "slot_gradient": (attention.slot_gradient_kernel, attention.KEY_GRADIENT_CONFIGS, attention.key_side_fits),
     "rotate": (attention.rotate_kernel, [{"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}], None),
     "delta": (attention.delta_kernel, [{"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}], None),
 }
@@ -114,11 +114,11 @@ def source(kernel: Any, sizes: dict[str, Any], tiles: Tiles) -> ASTSource:
 def candidates(capability: int, shape: str) -> Iterator[tuple[str, Tiles]]:
     """Kernels and those of their configurations that a device with this much shared memory would try."""
     sizes = SHAPES[shape]
-    for name, (_, configs, shared_bytes) in KERNELS.items():
+    for name, (_, configs, fits) in KERNELS.items():
         itemsize = 4 if name in WITH_FP32_MATRICES else ITEMSIZE[sizes["dtype"]]
-        need = [shared_bytes(c, sizes["BLOCK_D"], itemsize) if shared_bytes else 0 for c in configs]
-        limit = max(SHARED_MEMORY[capability], min(need))
-        yield from ((name, c) for c, size in zip(configs, need, strict=True) if size <= limit)
+        limit = SHARED_MEMORY[capability]
+        fitting = [c for c in configs if fits is None or fits(c, sizes["BLOCK_D"], itemsize, limit)]
+        yield from ((name, tiles) for tiles in fitting or configs[-1:])
 
 
 def compile_one(name: str, tiles: Tiles, capability: int, shape: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from tests.parallel.documents import random_segments
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the test of layouts covers GPUs")
 
-SLOTS, ORDER, HEADS, CHANNELS = 5, 9, 2, 6
+SLOTS, ORDER, HEADS, CHANNELS = 5, 9, 2, 8
 
 
 def signal_of(segments: list[list[int]]) -> Tensor:
@@ -46,21 +46,24 @@ def weights_of(blocks: int, rows: int) -> Tensor:
     return torch.randn(blocks, SLOTS, rows, HEADS, CHANNELS, dtype=torch.float64, generator=generator)
 
 
-def split_memory(segments: list[list[int]], length: int, kind: str, superchunk: int) -> dict[str, Any]:
-    """This rank's slots, entering states and gradient of the signal, and what it received."""
+def split_memory(
+    segments: list[list[int]], length: int, kind: str, superchunk: int, implementation: str = "batched"
+) -> dict[str, Any]:
+    """This rank's slots, entering states and gradient of the signal; kernels compute in fp32, all else in fp64."""
     rank, size = dist.get_rank(), dist.get_world_size()
     ids, whole = torch.tensor(segments), signal_of(segments)
     layout = BlockLayout.from_segment_ids(ids, length, sequence_rank=rank, sequence_size=size)
     tokens, blocks = whole.shape[0] // size, layout.num_blocks
     banks = MemoryBanks(ORDER, length, exponential(SLOTS, 2.0))
-    signal = whole[rank * tokens : (rank + 1) * tokens].clone().requires_grad_()
-    memory = block_memory(signal, layout, banks, superchunk)
+    signal = whole[rank * tokens : (rank + 1) * tokens].clone()
+    signal = (signal.float() if implementation == "triton" else signal).requires_grad_()
+    memory = block_memory(*signal.chunk(2, -1), layout, banks, superchunk, implementation)
     state, handoff = None, None
     if layout.crosses_ranks:
         leaving = memory.leaving_states if rank < size - 1 else None
         handoff = Handoff(leaving, signal, layout, banks, dist.group.WORLD, kind)
         state = handoff.arrive() if layout.entering_rows else None
-    slots = memory.slots(state)
+    slots = torch.cat(memory.slots(state), -1)
     loss = (slots * weights_of(blocks * size, ids.shape[0])[rank * blocks : (rank + 1) * blocks]).sum()
     loss = loss + (signal * 0.25).sum()  # as a rank whose tokens read no memory still has a loss
     if handoff is not None and not layout.entering_rows:
@@ -91,15 +94,17 @@ def state_before(segments: list[int], row: int, signal: Tensor, token: int) -> T
     return memory_write(signal.new_zeros(ORDER, HEADS, CHANNELS), signal[first:token, row], 0)
 
 
-def check(segments: list[list[int]], length: int, found: list[dict[str, Any]]) -> None:
+def check(
+    segments: list[list[int]], length: int, found: list[dict[str, Any]], tolerance: dict[str, float] = FP64
+) -> None:
     slots, gradient = one_rank(segments, length)
     signal, tokens = signal_of(segments), len(segments[0]) // len(found)
-    torch.testing.assert_close(torch.cat([part["slots"] for part in found]), slots, **FP64)
-    torch.testing.assert_close(torch.cat([part["gradient"] for part in found]), gradient, **FP64)
+    torch.testing.assert_close(torch.cat([part["slots"] for part in found]).double(), slots, **tolerance)
+    torch.testing.assert_close(torch.cat([part["gradient"] for part in found]).double(), gradient, **tolerance)
     for rank, part in enumerate(found):
         for column, row in enumerate(part["rows"]):
             truth = state_before(segments[row], row, signal, rank * tokens)
-            torch.testing.assert_close(part["state"][:, column], truth, **FP64)
+            torch.testing.assert_close(part["state"][:, column].double(), truth, **tolerance)
 
 
 SEGMENTS = {
@@ -119,6 +124,14 @@ def test_equals_one_rank(ranks, name, size, kind):
         for superchunk in (0, 1, 3):
             found = ranks(size).run(split_memory, SEGMENTS[name], length, kind, superchunk)
             check(SEGMENTS[name], length, found)
+
+
+@pytest.mark.parametrize(("kind", "superchunk"), [("all_gather", 1), ("chain", 3)])
+def test_kernels_hand_on_the_same_states(ranks, kind, superchunk):
+    """The Triton kernels, in the interpreter, in fp32: sums of some tens of terms."""
+    segments = SEGMENTS["documents that begin anywhere"]
+    found = ranks(2).run(split_memory, segments, 4, kind, superchunk, "triton")
+    check(segments, 4, found, {"rtol": 1e-5, "atol": 1e-5})
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -146,9 +159,9 @@ def detached_memory(kind: str) -> bool:
     layout = BlockLayout.from_segment_ids(torch.ones(1, 8), 2, sequence_rank=rank, sequence_size=2)
     banks = MemoryBanks(ORDER, 2, exponential(SLOTS, 2.0))
     signal = torch.randn(4, 1, HEADS, CHANNELS, dtype=torch.float64).requires_grad_()
-    memory = block_memory(signal.detach(), layout, banks)
+    memory = block_memory(*signal.detach().chunk(2, -1), layout, banks)
     handoff = Handoff(None if rank else memory.leaving_states, signal.detach(), layout, banks, dist.group.WORLD, kind)
-    out = signal.sum() if rank == 0 else signal.sum() + memory.slots(handoff.arrive()).sum()
+    out = signal.sum() if rank == 0 else signal.sum() + torch.cat(memory.slots(handoff.arrive())).sum()
     out = handoff.tie(out) if rank == 0 else out
     out.backward()
     return bool((signal.grad == 1).all())
@@ -164,7 +177,7 @@ def dtype_on_the_way(kind: str) -> set[torch.dtype]:
     layout = BlockLayout.from_segment_ids(torch.ones(1, 8), 2, sequence_rank=rank, sequence_size=2)
     banks = MemoryBanks(ORDER, 2, exponential(SLOTS, 2.0))
     signal = torch.randn(4, 1, HEADS, CHANNELS).bfloat16()
-    memory = block_memory(signal, layout, banks)
+    memory = block_memory(*signal.chunk(2, -1), layout, banks)
     handoff = Handoff(None if rank else memory.leaving_states, signal, layout, banks, dist.group.WORLD, kind)
     seen = {handoff.token.dtype}
     if rank:
@@ -214,11 +227,12 @@ def count_bytes(kind: str) -> dict[str, int]:
     layout = BlockLayout.from_segment_ids(torch.ones(1, 8 * size), 4, sequence_rank=rank, sequence_size=size)
     banks = MemoryBanks(ORDER, 4, exponential(SLOTS, 2.0))
     signal = torch.randn(8, 1, HEADS, CHANNELS).requires_grad_()
-    memory = block_memory(signal, layout, banks)
+    memory = block_memory(*signal.chunk(2, -1), layout, banks)
     leaving = memory.leaving_states if rank < size - 1 else None
     with counted_bytes() as forward:
         handoff = Handoff(leaving, signal, layout, banks, dist.group.WORLD, kind)
-        out = memory.slots(handoff.arrive()).sum() if rank else handoff.tie(memory.slots().sum())
+        out = torch.cat(memory.slots(handoff.arrive() if rank else None)).sum()
+        out = out if rank else handoff.tie(out)
     with counted_bytes() as backward:
         out.backward()
     return {"forward": sum(forward), "backward": sum(backward)}
@@ -308,12 +322,12 @@ def one_layer(kind: str) -> None:
     banks = MemoryBanks(ORDER, 2, exponential(SLOTS, 2.0))
     key = torch.randn(4, 1, HEADS, 4, requires_grad=True)
     signal = torch.cat([key, key], -1)
-    memory = block_memory(signal, layout, banks)
+    memory = block_memory(*signal.chunk(2, -1), layout, banks)
     handoff = Handoff(memory.leaving_states if rank < size - 1 else None, signal, layout, banks, dist.group.WORLD, kind)
     memory.read_own()
 
     def slots() -> tuple[Tensor, ...]:
-        return memory.slots(handoff.arrive() if rank else None).chunk(2, -1)
+        return memory.slots(handoff.arrive() if rank else None)
 
     out = trapezoid_attention(key, key, key, slots, layout)
     (out if rank else handoff.tie(out)).sum().backward()

@@ -35,9 +35,11 @@ CONFIGS: list[Tiles] = [
 ]
 
 
-def shared_bytes(tiles: Tiles, head_dim: int, itemsize: int) -> int:
-    """What a matrix tile and the tiles of keys and values take, in every stage."""
-    return tiles["num_stages"] * tiles["BLOCK_K"] * (tiles["BLOCK_M"] + 2 * head_dim) * itemsize
+def fits(tiles: Tiles, width: int, itemsize: int, limit: int) -> bool:
+    """Whether the tiles of the matrix, of keys and of values fit shared memory in every stage, and fp32 ones registers."""
+    if tiles["BLOCK_K"] * itemsize > 128:
+        return False
+    return tiles["num_stages"] * tiles["BLOCK_K"] * (tiles["BLOCK_M"] + 2 * width) * itemsize <= limit
 
 
 @triton.jit
@@ -90,7 +92,7 @@ def _carried(acc_k, acc_v, p_carry, stride_m, stride_k, p_c, stride_c, o_m, m_m,
     CONFIGS,
     ["S", "L", "P", "D", "HAS_TOKENS", "HAS_STATES"],
     "p_read_carry",
-    shared_bytes,
+    fits,
     restore_value=["p_slot_keys", "p_slot_values"],
 )
 @triton.jit
@@ -135,7 +137,7 @@ def read_kernel(
     tl.store(p_slot_values + o_out, acc_v.to(p_slot_values.dtype.element_ty), mask=m_out)
 
 
-@tuned(CONFIGS, ["L", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_inject", shared_bytes)
+@tuned(CONFIGS, ["L", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_inject", fits)
 @triton.jit
 def write_kernel(
     p_key, p_value, p_states, p_carry, p_inject, p_table,
@@ -174,7 +176,7 @@ def write_kernel(
     tl.store(p_out + D, acc_v, mask=m_m[:, None] & m_d[None, :])
 
 
-@tuned(CONFIGS, ["S", "L", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_inject", shared_bytes)
+@tuned(CONFIGS, ["S", "L", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_inject", fits)
 @triton.jit
 def signal_gradient_kernel(
     p_dslot_keys, p_dslot_values, p_dstates, p_triangle, p_inject, p_table, p_dkey, p_dvalue,
@@ -226,7 +228,7 @@ def signal_gradient_kernel(
     tl.store(p_dvalue + o_out, acc_v.to(p_dvalue.dtype.element_ty), mask=m_out)
 
 
-@tuned(CONFIGS, ["S", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_carry", shared_bytes, restore_value=["p_dstates"])
+@tuned(CONFIGS, ["S", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_carry", fits, restore_value=["p_dstates"])
 @triton.jit
 def state_gradient_kernel(
     p_dslot_keys, p_dslot_values, p_dstates, p_read_carry, p_carry, p_table, rows, states,

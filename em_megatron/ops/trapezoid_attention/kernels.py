@@ -45,14 +45,21 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e30)  # stands for −∞ where differences must stay finite
 
 
-def query_side_bytes(tiles: Tiles, head_dim: int, itemsize: int) -> int:
+def _fits(staying: int, staged: int, tiles: Tiles, width: int, itemsize: int, limit: int) -> bool:
+    """Whether two tiles that stay and two of each stage fit shared memory, and fp32 scores registers."""
+    if itemsize == 4 and staying * staged > 4096:
+        return False
+    return (2 * staying + 2 * tiles["num_stages"] * staged) * width * itemsize <= limit
+
+
+def query_side_fits(tiles: Tiles, width: int, itemsize: int, limit: int) -> bool:
     """Tiles of queries stay, those of keys and values come in stages."""
-    return (2 * tiles["BLOCK_M"] + 2 * tiles["num_stages"] * tiles["BLOCK_N"]) * head_dim * itemsize
+    return _fits(tiles["BLOCK_M"], tiles["BLOCK_N"], tiles, width, itemsize, limit)
 
 
-def key_side_bytes(tiles: Tiles, head_dim: int, itemsize: int) -> int:
+def key_side_fits(tiles: Tiles, width: int, itemsize: int, limit: int) -> bool:
     """Tiles of keys and values stay, those of queries and output gradients come in stages."""
-    return (2 * tiles["BLOCK_N"] + 2 * tiles["num_stages"] * tiles["BLOCK_M"]) * head_dim * itemsize
+    return _fits(tiles["BLOCK_N"], tiles["BLOCK_M"], tiles, width, itemsize, limit)
 
 
 @triton.jit
@@ -146,7 +153,7 @@ def _attend(
     return acc, top, total
 
 
-@tuned(FORWARD_CONFIGS, ["S", "L", "D", "SEGMENTS"], "p_key", query_side_bytes)
+@tuned(FORWARD_CONFIGS, ["S", "L", "D", "SEGMENTS"], "p_key", query_side_fits)
 @triton.jit
 def forward_kernel(
     p_query, p_key, p_value, p_slot_keys, p_slot_values, p_cos, p_sin, p_readers, p_start, p_out, p_lse,
@@ -244,7 +251,7 @@ def _query_gradient(
     return dq_1, dq_2
 
 
-@tuned(QUERY_GRADIENT_CONFIGS, ["S", "L", "D", "SEGMENTS"], "p_key", query_side_bytes)
+@tuned(QUERY_GRADIENT_CONFIGS, ["S", "L", "D", "SEGMENTS"], "p_key", query_side_fits)
 @triton.jit
 def query_gradient_kernel(
     p_query, p_key, p_value, p_slot_keys, p_slot_values, p_cos, p_sin, p_readers, p_start, p_dout, p_lse, p_delta,
@@ -336,7 +343,7 @@ def _key_gradient(
     return dk_1, dk_2, dv
 
 
-@tuned(KEY_GRADIENT_CONFIGS, ["L", "D", "SEGMENTS"], "p_key", key_side_bytes)
+@tuned(KEY_GRADIENT_CONFIGS, ["L", "D", "SEGMENTS"], "p_key", key_side_fits)
 @triton.jit
 def key_gradient_kernel(
     p_rotated, p_key, p_value, p_cos, p_sin, p_stop, p_dout, p_lse, p_delta, p_dkey, p_dvalue,
@@ -364,7 +371,6 @@ def key_gradient_kernel(
     dk_2 = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     start = first // BLOCK_M * BLOCK_M
-    below = tl.minimum((first + BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M, last)  # queries from here on see all keys
     for i_g in range(0, group):
         i_h = i_kv * group + i_g
         o_h = (i_n * kv_heads * group + i_h).to(tl.int64) * L
@@ -372,11 +378,7 @@ def key_gradient_kernel(
         p_g = p_dout + t_first * stride_gt + i_row * stride_gb + i_h * stride_gh
         dk_1, dk_2, dv = _key_gradient(
             dk_1, dk_2, dv, b_k1, b_k2, b_v, p_q, D, p_g, stride_gt, p_lse + o_h, p_delta + o_h, o_n, b_stop, 0, start,
-            below, L, L, scale, True, SEGMENTS, False, EVEN, D, BLOCK_D, BLOCK_H, BLOCK_M, PRECISION,
-        )  # fmt: skip
-        dk_1, dk_2, dv = _key_gradient(
-            dk_1, dk_2, dv, b_k1, b_k2, b_v, p_q, D, p_g, stride_gt, p_lse + o_h, p_delta + o_h, o_n, b_stop, 0, below,
-            last, L, L, scale, False, SEGMENTS, False, EVEN, D, BLOCK_D, BLOCK_H, BLOCK_M, PRECISION,
+            last, L, L, scale, True, SEGMENTS, False, EVEN, D, BLOCK_D, BLOCK_H, BLOCK_M, PRECISION,
         )  # fmt: skip
     dk_1, dk_2 = _turn(dk_1, dk_2, p_cos, p_sin, o_n, L, True, D, BLOCK_H)
     o_out, stride_out, factor = ((t_first * rows + i_row) * kv_heads + i_kv) * D, rows * kv_heads * D, scale * LN_2
@@ -386,7 +388,7 @@ def key_gradient_kernel(
              mask=(o_n < L)[:, None] & (o_d < D)[None, :])  # fmt: skip
 
 
-@tuned(KEY_GRADIENT_CONFIGS, ["S", "L", "D", "SEGMENTS"], "p_slot_keys", key_side_bytes)
+@tuned(KEY_GRADIENT_CONFIGS, ["S", "L", "D", "SEGMENTS"], "p_slot_keys", key_side_fits)
 @triton.jit
 def slot_gradient_kernel(
     p_query, p_slot_keys, p_slot_values, p_readers, p_dout, p_lse, p_delta, p_dslot_keys, p_dslot_values,
