@@ -82,10 +82,11 @@ class MemoryScan:
                 added = chunk.inject @ tokens.to(chunk.inject.dtype)
                 self.end = added if self.end is None else torch.addmm(added, chunk.carry, self.end)
 
-    def _tokens(self) -> list[Tensor]:
+    def _tokens(self) -> tuple[Tensor, ...]:
         first, length = self.history, self.block_length
         starts = [(chunk.start_block - first) * length for chunk in self.chunks]
-        return [self.x[a:b] for a, b in zip(starts, [*starts[1:], self.x.shape[0]], strict=True)]
+        sizes = [b - a for a, b in zip(starts, [*starts[1:], self.x.shape[0]], strict=True)]
+        return self.x.split(sizes)  # whose gradient is put together once, where that of slices is filled in for each
 
     def read_own(self) -> list[Tensor]:
         """What the blocks of a chunk read from the blocks before them in it: [blocks·S, ch] per chunk."""

@@ -26,6 +26,10 @@ from em_megatron.ops.rotary import rotate
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# Of queries that go at once on a CPU: with more, every pass over them comes from memory instead of its caches, and
+# buffers are returned to the system and zeroed again at each use.
+_PIECE_BYTES = 4 * 2**20
+
 # A log-sum-exp so large that exp(score − it) is exactly zero, and small enough to stay finite in fp32.
 _NOTHING = 1.0e30
 
@@ -134,11 +138,16 @@ def _expand_heads(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.repeat_interleave(group, 1)
 
 
-def _visible(layout: BlockLayout) -> Tensor:
-    """Which own tokens a token sees: causal and of its document, [b·B, 1, L, L] bool."""
-    segments = layout.segment_ids.view(-1, layout.block_length)
+def _visible(segments: Tensor) -> Tensor:
+    """Which own tokens a token sees: causal and of its document, [n, L] → [n, 1, L, L] bool."""
     same = segments[:, :, None] == segments[:, None, :]
     return same.tril()[:, None]
+
+
+def _pieces(x: Tensor, layout: BlockLayout, blocks: int) -> list[Tensor]:
+    """[b, T] per token → [n, L] for every so many blocks of all samples, in the order of `_fold`."""
+    by_block = x.view(layout.batch_size, layout.num_blocks, layout.block_length)
+    return [piece.flatten(0, 1) for piece in by_block.split(blocks, 1)]
 
 
 def trapezoid_attention(
@@ -151,24 +160,63 @@ def trapezoid_attention(
     sin: Tensor,
 ) -> Tensor:
     """See the public function for shapes; `read_slots` gives memory keys and values when they are needed."""
-    length, rows, group = layout.block_length, query.shape[1], query.shape[2] // key.shape[2]
-    q, k, v = (_fold(x, length) for x in (query, key, value))
-    q_rotated, k_rotated = rotate(q, cos, sin), rotate(k, cos, sin)
-    k_rotated, v = _expand_heads(k_rotated, group), _expand_heads(v, group)
-    visible = _visible(layout) if layout.shared_blocks else None
+    blocks = _blocks_of_a_piece(query, layout)
+    tokens = [x.split(blocks * layout.block_length) for x in (query, key, value)]
+    segments = _pieces(layout.segment_ids, layout, blocks) if layout.shared_blocks else [None] * len(tokens[0])
+    own = [_Own(*piece, cos=cos, sin=sin, segments=masked) for *piece, masked in zip(*tokens, segments, strict=True)]
     if read_slots is None:
-        out = F.scaled_dot_product_attention(q_rotated, k_rotated, v, attn_mask=visible, is_causal=visible is None)
-        return _unfold(out, rows)
-    readable = layout.memory_tokens.view(-1, length)
-    if q.device.type != "cpu":
-        k_memory, v_memory = (_fold_slots(x) for x in read_slots())
-        return _unfold(_one_softmax(q, q_rotated, k_rotated, v, k_memory, v_memory, readable, visible), rows)
-    mask, joint = None, _Joint()
-    if visible is not None:
-        mask = q.new_zeros(visible.shape).masked_fill(~visible, float("-inf"))
-    local, lse = LocalFlash.apply(q_rotated, k_rotated, v, mask, joint)
-    k_memory, v_memory = (_fold_slots(x) for x in read_slots())
-    return _unfold(JoinMemory.apply(q, k_memory, v_memory, readable, local, lse, joint), rows)
+        found = [piece.alone() for piece in own]
+    else:
+        start = [piece.start() for piece in own]
+        readable = _pieces(layout.memory_tokens, layout, blocks)
+        slots = [[_fold_slots(piece) for piece in x.split(blocks)] for x in read_slots()]
+        found = [piece.join(*rest) for piece, *rest in zip(own, start, *slots, readable, strict=True)]
+    out = [_unfold(x, query.shape[1]) for x in found]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _blocks_of_a_piece(query: Tensor, layout: BlockLayout) -> int:
+    """How many blocks go at once: on a CPU as many as its caches may hold, elsewhere all."""
+    if query.device.type != "cpu":
+        return layout.num_blocks
+    return max(1, _PIECE_BYTES // (query.nbytes // layout.num_blocks))
+
+
+class _Own:
+    """Some blocks of all samples: query, key and value [t, b, h, d], their segment ids [n, L] where a mask is needed."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, segments: Tensor | None
+    ) -> None:
+        length, group = cos.shape[0], query.shape[2] // key.shape[2]
+        self.q, k, v = (_fold(x, length) for x in (query, key, value))
+        self.q_rotated = rotate(self.q, cos, sin)
+        self.k_rotated, self.v = _expand_heads(rotate(k, cos, sin), group), _expand_heads(v, group)
+        self.visible = _visible(segments) if segments is not None else None
+        self.joint = _Joint()
+
+    def alone(self) -> Tensor:
+        """Attention of blocks that read no slots, [n, hq, L, d]."""
+        return F.scaled_dot_product_attention(
+            self.q_rotated, self.k_rotated, self.v, attn_mask=self.visible, is_causal=self.visible is None
+        )
+
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """The part that needs no slots, where the two parts are computed apart: output and log-sum-exp."""
+        if self.q.device.type != "cpu":
+            return None
+        mask = None
+        if self.visible is not None:
+            mask = self.q.new_zeros(self.visible.shape).masked_fill(~self.visible, float("-inf"))
+        out: tuple[Tensor, Tensor] = LocalFlash.apply(self.q_rotated, self.k_rotated, self.v, mask, self.joint)
+        return out
+
+    def join(self, local: tuple[Tensor, Tensor] | None, k_memory: Tensor, v_memory: Tensor, readable: Tensor) -> Tensor:
+        """[n, hq, L, d] from what `start` gave, slots [n, hk, S, d], and who may read them [n, L]."""
+        if local is not None:
+            out: Tensor = JoinMemory.apply(self.q, k_memory, v_memory, readable, *local, self.joint)
+            return out
+        return _one_softmax(self.q, self.q_rotated, self.k_rotated, self.v, k_memory, v_memory, readable, self.visible)
 
 
 def _one_softmax(
