@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from em_megatron.ops.transfer import to_device
+
 PADDING = 0  # segment id of tokens that belong to no document
 
 
@@ -183,11 +185,11 @@ class BlockLayout:
         after = table[sequence_rank + 1]
         here = slice(sequence_rank * size, (sequence_rank + 1) * size)
         return cls(
-            segment_ids=blocks[:, here].flatten(1).contiguous().to(device),
+            segment_ids=to_device(blocks[:, here].flatten(1).contiguous(), device),
             block_length=block_length,
             runs=tuple(run for run in mine if run and (run.num_blocks > 1 or run.history)),
             leaving=tuple(run for run in mine if run and run.first_block + run.num_blocks == size and after[run.row]),
-            memory_tokens=memory_tokens[:, here].flatten(1).contiguous().to(device),
+            memory_tokens=to_device(memory_tokens[:, here].flatten(1).contiguous(), device),
             shared_blocks=not bool(uniform[:, here].all()),
             history=table,
             sequence_rank=sequence_rank,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from em_megatron.ops.block_layout import BlockLayout
+from em_megatron.ops.transfer import to_device
 from em_megatron.parallel.sequence_split import local_part
 
 
@@ -43,7 +44,7 @@ class MicroBatch:
             slots=batch["slot"],
         )
         parts = {
-            name: local_part(batch[name], sequence_rank, sequence_size).to(device, non_blocking=True)
+            name: to_device(local_part(batch[name], sequence_rank, sequence_size), device)
             for name in ("tokens", "labels", "loss_mask", "positions")
         }
         return cls(**parts, layout=layout)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from em_megatron.hippo.banks import MemoryBanks, Superchunk
 from em_megatron.ops.block_layout import BlockLayout, Run
+from em_megatron.ops.transfer import to_device
 
 NONE = -1  # no state
 
@@ -72,7 +73,6 @@ class Schedule:
     """
 
     def __init__(self, layout: BlockLayout, superchunk: int) -> None:
-        self.layout = layout
         self.num_entering, self.num_leaving = len(layout.entering_rows), len(layout.leaving)
         self._passes: dict[ChunkKey, Pass] = {}
         self._between = self.num_entering
@@ -81,17 +81,15 @@ class Schedule:
         inner = sum(len(keys) - 1 for keys in chunks)
         self.num_states = self.num_entering + inner + self.num_leaving
         for run, keys in zip(runs, chunks, strict=True):
-            self._add(run, keys)
+            self._add(run, keys, layout)
         self.passes = sorted(self._passes.values(), key=lambda p: (p.key.start_block, p.key.num_blocks))
         blocks = layout.num_blocks * layout.batch_size
         self.covers_all = sum(len(p.blocks) for p in self.passes) == blocks
         self.reads_all = sum(len(p.reads) for p in self.passes) == blocks
         self._tables: dict[tuple[int, str, torch.device], Tensor] = {}
 
-    def _add(self, run: Run, keys: list[ChunkKey]) -> None:
-        layout, state = self.layout, NONE
-        if run.history:
-            state = layout.entering_rows.index(run.row)
+    def _add(self, run: Run, keys: list[ChunkKey], layout: BlockLayout) -> None:
+        state = layout.entering_rows.index(run.row) if run.history else NONE
         for key in keys:
             after = NONE
             if key is not keys[-1]:
@@ -99,21 +97,18 @@ class Schedule:
             elif run in layout.leaving:
                 after = self.num_states - self.num_leaving + layout.leaving.index(run)
             computed = state if key is not keys[0] else NONE
-            self._segment(run, key, state, computed, after)
+            self._segment(run, key, (state, computed, after), layout)
             state = after
 
-    def _segment(self, run: Run, key: ChunkKey, state: int, computed: int, after: int) -> None:
-        """The part of a run in a superchunk.
-
-        Args:
-            state: what it starts from, with all that entered; computed: the same if it is written here.
-            after: the state written at its end.
-        """
+    def _segment(self, run: Run, key: ChunkKey, states: tuple[int, int, int], layout: BlockLayout) -> None:
+        """The part of a run in a superchunk. states: what it starts from, with all that entered; the same if it is
+        written here; and the one written at its end."""
+        state, computed, after = states
         found = self._passes.setdefault(key, Pass(key))
         offset = key.start_block - run.history
         first, blocks = run.first_block + offset, min(key.num_blocks, run.num_blocks - offset)
-        token, row = first * self.layout.block_length, run.row
-        if run in self.layout.runs:
+        token, row = first * layout.block_length, run.row
+        if run in layout.runs:
             found.reads += [(first + i, row, token, i, state) for i in range(blocks) if i or state != NONE]
         found.blocks += [(row, token, first, j, blocks, after) for j in range(blocks)]
         if after != NONE:
@@ -137,6 +132,5 @@ class Schedule:
                 lines = sorted(lines, key=lambda line: -line[3])
             if kind == "blocks":
                 lines = sorted(lines, key=lambda line: line[3] - line[4])
-            table = torch.tensor(lines, dtype=torch.int32)
-            self._tables[key] = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+            self._tables[key] = to_device(torch.tensor(lines, dtype=torch.int32), device)
         return self._tables[key]

@@ -161,9 +161,9 @@ def trapezoid_attention(
 ) -> Tensor:
     """See the public function for shapes; `read_slots` gives memory keys and values when they are needed."""
     blocks = _blocks_of_a_piece(query, layout)
-    tokens = [x.split(blocks * layout.block_length) for x in (query, key, value)]
-    segments = _pieces(layout.segment_ids, layout, blocks) if layout.shared_blocks else [None] * len(tokens[0])
-    own = [_Own(*piece, cos=cos, sin=sin, segments=masked) for *piece, masked in zip(*tokens, segments, strict=True)]
+    tokens = list(zip(*(x.split(blocks * layout.block_length) for x in (query, key, value)), strict=True))
+    segments = _pieces(layout.segment_ids, layout, blocks) if layout.shared_blocks else [None] * len(tokens)
+    own = [_Own(q, k, v, cos, sin, masked) for (q, k, v), masked in zip(tokens, segments, strict=True)]
     if read_slots is None:
         found = [piece.alone() for piece in own]
     else:
