@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help venv install quickstart test test-slow lint format clean
+.PHONY: help venv install quickstart test test-slow doctor benchmark lint format clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -118,6 +118,12 @@ test: $(INSTALLED) ## run the tests that need no GPU and take less than a minute
 test-slow: $(INSTALLED) ## run the tests that take longer than a minute
 	@echo "[test-slow] the slow tests"
 	@$(PY) -m pytest -m "slow and not gpu" $(ARGS)
+
+doctor: $(INSTALLED) ## say whether this environment is fit to train, and which path everything takes
+	@$(PY) launch/doctor.py
+
+benchmark: $(INSTALLED) ## measure speed against what one would pick instead; reports go to docs/results/benchmark
+	@for kind in memory attention layer step decode; do echo "[benchmark] $$kind"; $(PY) launch/benchmark.py $$kind || exit 1; done
 
 lint: $(INSTALLED) ## check style, format and types
 	@echo "[lint] ruff check, ruff format --check, mypy"
