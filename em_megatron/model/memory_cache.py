@@ -33,6 +33,7 @@ class LayerCache:
         self.blocks_done, self.filled = 0, 0
         # Current block, keys and values side by side: [L, b, hk, 2d]
         self.block = torch.zeros(self.block_length, batch_size, heads, 2 * dim, dtype=dtype, device=device)
+        self.rotated = torch.zeros(self.block_length, batch_size, heads, dim, dtype=dtype, device=device)  # its keys
         self.state: Tensor | None = None  # [N, b, hk, 2d], in fp32 or better
         self.slots: Tensor | None = None  # [S, b, hk, 2d]
 
@@ -44,26 +45,27 @@ class LayerCache:
     @property
     def num_bytes(self) -> int:
         """Bytes held; the same from the end of the first block on, whatever is read."""
-        held = (self.block, self.state, self.slots)
+        held = (self.block, self.rotated, self.state, self.slots)
         return sum(x.numel() * x.element_size() for x in held if x is not None)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Takes n ≤ room tokens: query [n, b, hq, d], key and value [n, b, hk, d] → [n, b, hq, d]."""
         first, last = self.filled, self.filled + query.shape[0]
         self.block[first:last] = torch.cat([key, value], -1)
-        out = self._attention(query, first, last)
+        cos, sin = rotary_tables(self.block_length, query.shape[-1], self.rotary_base, query.dtype, query.device)
+        cos, sin = cos[first:last, None, None], sin[first:last, None, None]
+        self.rotated[first:last] = rotate(key, cos, sin)
+        out = self._attention(query, rotate(query, cos, sin), first, last)
         self.filled = last
         if last == self.block_length:
             self._close_block()
         return out
 
-    def _attention(self, query: Tensor, first: int, last: int) -> Tensor:
+    def _attention(self, query: Tensor, rotated: Tensor, first: int, last: int) -> Tensor:
         tokens, batch, heads, dim = query.shape
-        cos, sin = rotary_tables(self.block_length, dim, self.rotary_base, query.dtype, query.device)
-        own_keys, own_values = self.block[:last].chunk(2, -1)
-        own_keys = rotate(own_keys, cos[:last, None, None], sin[:last, None, None])
+        own_keys, own_values = self.rotated[:last], self.block[:last, ..., dim:]
         group = (tokens, batch, own_keys.shape[2], -1, dim)
-        rotated = rotate(query, cos[first:last, None, None], sin[first:last, None, None]).view(group)
+        rotated = rotated.view(group)
         scores = torch.einsum("qbgrd,kbgd->bgrqk", rotated, own_keys)
         future = torch.arange(last, device=query.device) > torch.arange(first, last, device=query.device)[:, None]
         scores = scores.masked_fill(future, float("-inf"))

@@ -108,7 +108,7 @@ def memory_floats_per_sequence(model: ModelConfig, memory: MemoryConfig) -> int:
 def flops_per_token(
     model: ModelConfig, memory: MemoryConfig, vocab_size: int, sequence_length: int, context_parallel_size: int = 1
 ) -> float:
-    """Forward and backward multiply-adds ×2 per token of training, recomputation not counted.
+    """Forward and backward FLOPs per token of training, two per multiply-add, recomputation not counted.
 
     Matrices, the triangle of the own block (L/2 keys on average), the slots, and the memory operator as planned for the
     part of a sample that a context-parallel rank holds.
@@ -129,4 +129,4 @@ def flops_per_token(
         superchunk = memory.superchunk or plan(blocks, *sizes, part_of_sample=split)
         channels = 2 * shape.num_query_groups * shape.kv_channels
         read_write = layers * channels * memory_cost(blocks, superchunk, *sizes, part_of_sample=split) / tokens
-    return 6.0 * (matrices + attention + read_write)
+    return 6.0 * (matrices + attention) + 4.0 * read_write  # the memory's matrices have no gradient

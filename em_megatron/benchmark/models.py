@@ -1,0 +1,115 @@
+"""Megatron models of one rank to measure, whose memory can be exchanged: it has no parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+
+from em_megatron.benchmark.floors import MemorySizes
+from em_megatron.config import ConfigError, RunConfig, load_config
+from em_megatron.model.elastic_attention import ElasticMemoryAttention, TrapezoidCore
+from em_megatron.model.language_model import PRECISIONS, transformer_config
+from em_megatron.model.sizes import shape_of
+from em_megatron.ops.dispatch import choose
+from em_megatron.parallel import cpu_backend
+from em_megatron.parallel.process_groups import Layout, shutdown
+from em_megatron.training.setup import initialize_layout
+from em_megatron.validate import validate
+
+FULL, LOCAL = "causal attention over the whole sample", "block-local attention, no memory"
+
+
+def run_config(overrides: Iterable[str], length: int, precision: str, bank_cache: str, seed: int) -> RunConfig:
+    """A checked run of one rank; `overrides` give the rest.
+
+    Raises:
+        ConfigError: what cannot be.
+    """
+    config = load_config(
+        None,
+        [
+            "name=benchmark",
+            "data.path=none",
+            f"data.sequence_length={length}",
+            f"training.precision={precision}",
+            f"memory.bank_cache={bank_cache or 'null'}",
+            f"seed={seed}",
+            *overrides,
+        ],
+    )
+    validate(config, 1)
+    return config
+
+
+@contextmanager
+def one_rank(config: RunConfig, device: torch.device) -> Iterator[Layout]:
+    """Megatron's groups and random states as `training.setup` has them; the thread count stays what it is.
+
+    Raises:
+        ConfigError: the trainer would take another device than the one to measure.
+    """
+    if cpu_backend.device().type != device.type:
+        raise ConfigError("models run on the GPU where there is one: hide it with CUDA_VISIBLE_DEVICES= instead")
+    threads = torch.get_num_threads()
+    layout = initialize_layout(config)
+    try:
+        tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+        torch.set_num_threads(threads)
+        yield layout
+    finally:
+        shutdown()
+        torch.set_num_threads(threads)
+
+
+def variants(config: RunConfig, orders: Iterable[int]) -> dict[str, RunConfig]:
+    """By name: the model with a memory of each order, without one, and with causal attention over the whole sample."""
+
+    def with_memory(**changes: Any) -> RunConfig:
+        return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **changes))
+
+    found = {f"elastic, order {order}": with_memory(kind="elastic", order=order) for order in orders}
+    found[LOCAL] = with_memory(kind="block_local")
+    # One block as long as the sample; batched attention is then a single call of torch's flash attention.
+    found[FULL] = with_memory(kind="block_local", block_length=config.data.sequence_length, kernels="batched")
+    for variant in found.values():
+        validate(variant, 1)
+    return found
+
+
+def memory_sizes(config: RunConfig) -> MemorySizes | None:
+    """As `floors` has them: no slots for block-local attention, None for causal attention over the whole sample."""
+    memory, tokens = config.memory, config.data.sequence_length
+    if memory.kind == "block_local":
+        return MemorySizes(1, 0, memory.block_length, tokens) if memory.block_length < tokens else None
+    return MemorySizes(memory.order, memory.slots, memory.block_length, tokens, memory.superchunk)
+
+
+def kernels_note(config: RunConfig, device: torch.device) -> str:
+    """Which implementation the elastic and block-local candidates take."""
+    dtype, dim = PRECISIONS[config.training.precision], shape_of(config.model).kv_channels
+    choice = choose(config.memory.kernels, device, dtype, dim)
+    return f"`memory.kernels={config.memory.kernels}` takes {choice.name} here: {choice.reason}."
+
+
+class Exchange:
+    """The core attentions of the variants of one model, put into it by name."""
+
+    def __init__(self, chunks: list[torch.nn.Module], variants: dict[str, RunConfig], layout: Layout) -> None:
+        self.attentions = [m for chunk in chunks for m in chunk.modules() if isinstance(m, ElasticMemoryAttention)]
+        self.cores = {
+            name: [
+                TrapezoidCore(transformer_config(variant), attention.layer_number, pg_collection=layout.pg_collection)
+                for attention in self.attentions
+            ]
+            for name, variant in variants.items()
+        }
+
+    def put(self, name: str) -> None:
+        """From now on the model is this variant."""
+        for attention, core in zip(self.attentions, self.cores[name], strict=True):
+            attention.core_attention = core

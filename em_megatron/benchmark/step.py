@@ -1,0 +1,137 @@
+"""`step`: whole steps of the trainer with memories of several orders, beside causal attention over the whole sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from em_megatron.benchmark.floors import step_work
+from em_megatron.benchmark.models import (
+    FULL,
+    LOCAL,
+    Exchange,
+    kernels_note,
+    memory_sizes,
+    one_rank,
+    run_config,
+    variants,
+)
+from em_megatron.benchmark.options import StepOptions
+from em_megatron.benchmark.results import Chart, Findings, Rows, Target
+from em_megatron.benchmark.timing import Call, Candidate
+from em_megatron.model.language_model import PRECISIONS
+from em_megatron.model.sizes import flops_per_token, num_parameters, padded_vocab_size, shape_of
+from em_megatron.training.metrics import peak_flops
+from em_megatron.training.microbatch import MicroBatch
+from em_megatron.training.optimizer import build_optimizer, build_scheduler
+from em_megatron.training.setup import build_chunks, connect_schedule, wrap_for_training
+from em_megatron.training.step import train_step
+
+GROUP = "training step"
+TARGETS: dict[str, list[Target]] = {"cpu": [], "cuda": []}
+
+
+class StepBenchmark:
+    """One model, optimizer and schedule, built as `training.setup.set_up` does; the variants take turns in it."""
+
+    def __init__(self, options: StepOptions, device: torch.device, stack: ExitStack) -> None:
+        self.options, self.device = options, device
+        overrides = [
+            f"model.size={options.size}",
+            f"memory.block_length={options.block}",
+            f"memory.slots={options.slots}",
+            f"training.global_batch_size={options.batch}",
+            f"training.recompute={options.recompute}",
+        ]
+        self.config = run_config(overrides, options.length, options.precision, options.bank_cache, options.seed)
+        self.dtype = PRECISIONS[options.precision]
+        self.variants = variants(self.config, options.orders)
+        self.layout = stack.enter_context(one_rank(self.config, device))
+        chunks = build_chunks(self.config, self.layout, options.vocabulary)
+        self.model = wrap_for_training(self.config, chunks, self.layout)
+        self.optimizer = build_optimizer(self.config, self.model, self.layout.pg_collection)
+        self.scheduler = build_scheduler(self.config, self.optimizer)
+        connect_schedule(self.model, self.optimizer)
+        self.exchange = Exchange(self.model, self.variants, self.layout)
+        self.vocabulary = padded_vocab_size(options.vocabulary, self.config.model.make_vocab_size_divisible_by)
+
+    def candidates(self) -> list[Candidate]:
+        return [self._candidate(name) for name in self.variants]
+
+    def _candidate(self, name: str) -> Candidate:
+        options, config = self.options, self.variants[name]
+
+        def prepare() -> Call:
+            batch = random_batch(options, config.memory.block_length, self.device)
+
+            def step() -> object:
+                self.exchange.put(name)
+                feed: Iterator[MicroBatch] = iter([batch] * options.batch)
+                return train_step(config, self.layout, self.model, self.optimizer, self.scheduler, [feed])
+
+            return step
+
+        shape, itemsize = shape_of(config.model), self.dtype.itemsize
+        parameters = num_parameters(config.model, self.vocabulary)
+        sizes = memory_sizes(config)
+        work = step_work(shape, options.batch, options.length, sizes, self.vocabulary, parameters, itemsize)
+        return Candidate(GROUP, name, prepare, options.batch * options.length, work, is_peer=name == FULL)
+
+    def findings(self, rows: Rows) -> Findings:
+        found = Findings()
+        for name in self.variants:
+            if name not in (FULL, LOCAL):
+                for kind, peer in (("full", FULL), ("local", LOCAL)):
+                    text = f"speed of {name}, over {peer}"
+                    found.figures.append(rows.compared(f"{kind}/{name}", text, (GROUP, peer), (GROUP, name)))
+        names = [f"elastic, order {order}" for order in (min(self.options.orders), max(self.options.orders))]
+        if names[0] != names[1]:
+            text = f"time of a step, {names[1]} over {names[0]}"
+            found.figures.append(rows.compared("orders", text, (GROUP, names[1]), (GROUP, names[0])))
+        bars = {row["name"]: row["tokens_per_second"] for row in rows.group(GROUP) if row["seconds"]}
+        found.charts.append(Chart("training", "tokens per second", "", bars=bars))
+        found.notes = [
+            kernels_note(self.config, self.device),
+            self._utilization(rows),
+            "Floors: weights, gradients and the optimizer's numbers move; activations are left out.",
+        ]
+        if self.options.recompute != "none":
+            found.notes.append(f"Recomputation ({self.options.recompute}) is in the times, not in the FLOPs.")
+        if self.device.type == "cuda":
+            held = torch.cuda.memory_allocated(self.device) / 1e9
+            found.notes.append(f"Weights, gradients, optimizer and the memory's matrices hold {held:,.3g} GB.")
+        return found
+
+    def _utilization(self, rows: Rows) -> str:
+        """Adds a column with the model FLOPs utilisation where the peak of the device is known."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        peak = peak_flops(name)
+        if peak is None:
+            return "MFU is not shown: the peak of this device is not known."
+        for row in rows.group(GROUP):
+            if row["seconds"]:
+                config = self.variants[row["name"]]
+                flops = flops_per_token(config.model, config.memory, self.vocabulary, self.options.length)
+                row["mfu"] = row["tokens_per_second"] * flops / peak
+                row["details"] = {"MFU": f"{row['mfu']:.1%}"}
+        return f"MFU counts the FLOPs of `model.sizes.flops_per_token` against {peak / 1e12:,.0f} TFLOP/s."
+
+
+def random_batch(options: StepOptions, block_length: int, device: torch.device) -> MicroBatch:
+    """A micro-batch of one sample of random tokens, all one document."""
+    generator = torch.Generator().manual_seed(options.seed)
+    tokens = torch.randint(0, options.vocabulary, (1, options.length + 1), generator=generator)
+    batch: dict[str, Tensor] = {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": torch.ones(1, options.length),
+        "positions": torch.arange(options.length)[None],
+        "segment_ids": torch.ones(1, options.length, dtype=torch.int64),
+        "history": torch.zeros(1, dtype=torch.int64),
+        "continues": torch.zeros(1, dtype=torch.bool),
+        "slot": torch.zeros(1, dtype=torch.int64),
+    }
+    return MicroBatch.from_batch(batch, block_length, device)
