@@ -19,6 +19,7 @@ import torch
 from em_megatron.benchmark.floors import Work
 from em_megatron.benchmark.timing import Call, Candidate, Measurement, timed
 from em_megatron.config import ConfigError
+from em_megatron.parallel.cpu_backend import keep_freed_memory
 
 GROUP = "machine"
 COPY, READ, MATRIX = "copy of a large tensor", "sum of a large tensor", "large square matrix product"
@@ -52,6 +53,8 @@ def pick_device(requested: str) -> torch.device:
     if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; leave the option out to measure the CPU")
     on_gpu = torch.cuda.is_available() if requested == "auto" else requested == "cuda"
+    if not on_gpu:
+        keep_freed_memory()  # as the trainer does
     return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
 
