@@ -141,7 +141,8 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + (" and uncommitted changes" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ":(top)em_megatron", ":(top)launch", ":(top)pyproject.toml")
+        return git("rev-parse", "HEAD") + (" and uncommitted changes of the code" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown: not a git checkout"
 
