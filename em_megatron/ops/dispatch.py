@@ -10,8 +10,10 @@ import torch
 
 IMPLEMENTATIONS = ("triton", "batched", "naive")
 REQUESTS = ("auto", *IMPLEMENTATIONS)
-MAX_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)  # bf16 matrix units
+# Largest head dimension whose tiles fit shared memory, by bytes per number: data-centre GPUs, and those with 100 kB.
+MAX_HEAD_DIM = {2: 256, 4: 128}
+MAX_HEAD_DIM_SMALL = {2: 128, 4: 64}
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -54,19 +56,20 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"the GPU's compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.0"
-    return _obstacle_of_kind(dtype, head_dim)
+    small = capability[0] == 12 or capability in ((8, 6), (8, 9))
+    return _obstacle_of_kind(dtype, head_dim, MAX_HEAD_DIM_SMALL if small else MAX_HEAD_DIM)
 
 
-def _obstacle_of_kind(dtype: torch.dtype, head_dim: int) -> str | None:
+def _obstacle_of_kind(dtype: torch.dtype, head_dim: int, largest: dict[int, int] = MAX_HEAD_DIM) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"they compute in bf16, fp16 and fp32, not in {str(dtype).removeprefix('torch.')}"
-    if head_dim > MAX_HEAD_DIM or head_dim % 2:
-        return f"the head dimension {head_dim} is not an even number up to {MAX_HEAD_DIM}"
+    if head_dim > largest[dtype.itemsize] or head_dim % 2:
+        return f"the head dimension {head_dim} is not an even number up to {largest[dtype.itemsize]}"
     return None
 
 
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU (TRITON_INTERPRET=1, for tests)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -21,6 +21,11 @@ def rotary_tables(
     """
     if head_dim % 2:
         raise ValueError(f"rotary embedding needs an even head dimension, not {head_dim}: change model.kv_channels")
+    with torch.inference_mode(False):  # tables made in an evaluation must still serve training
+        return _tables(length, head_dim, base, dtype, device)
+
+
+def _tables(length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)

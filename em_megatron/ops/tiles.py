@@ -32,7 +32,8 @@ def precision_of(dtype: torch.dtype) -> str:
     Half-precision inputs lose nothing in TF32, whose products are then as good as theirs. For fp32 inputs three TF32
     products come near to fp32, unless the user allows TF32 in torch's own products.
     """
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype != torch.float32 or allowed else "tf32x3"
 
 
 def padded(size: int, multiple: int = 16) -> int:

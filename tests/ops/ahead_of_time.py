@@ -75,9 +75,9 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLAGS = {"HAS_TOKENS": True, "HAS_STATES": True, "ACCUMULATE": False}
 KERNELS: dict[str, tuple[Any, list[Tiles], Any]] = {
     "read": (memory.read_kernel, memory.CONFIGS, memory.fits),
-    "write": (memory.write_kernel, memory.CONFIGS, memory.fits),
+    "write": (memory.write_kernel, memory.STATE_CONFIGS, memory.fits),
     "signal_gradient": (memory.signal_gradient_kernel, memory.CONFIGS, memory.fits),
-    "state_gradient": (memory.state_gradient_kernel, memory.CONFIGS, memory.fits),
+    "state_gradient": (memory.state_gradient_kernel, memory.STATE_CONFIGS, memory.fits),
     "forward": (attention.forward_kernel, attention.FORWARD_CONFIGS, attention.query_side_fits),
     "query_gradient": (attention.query_gradient_kernel, attention.QUERY_GRADIENT_CONFIGS, attention.query_side_fits),
     "key_gradient": (attention.key_gradient_kernel, attention.KEY_GRADIENT_CONFIGS, attention.key_side_fits),

@@ -14,9 +14,11 @@ import torch
 from em_megatron.hippo.banks import MemoryBanks
 from em_megatron.hippo.samplers import exponential
 from em_megatron.ops.block_layout import BlockLayout
-from em_megatron.ops.memory import block_memory
+from em_megatron.ops.memory import block_memory, memory_slots
+from em_megatron.ops.memory import kernels as memory_kernels
+from em_megatron.ops.trapezoid_attention import kernels as attention_kernels
 from em_megatron.ops.trapezoid_attention import trapezoid_attention
-from tests.ops.comparison import compare_attention, compare_memory
+from tests.ops.comparison import compare_attention, compare_memory, compare_passing_states, draw
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,15 +45,48 @@ def test_attention(dtype, implementation, slots, heads):
     compare_attention(PACKED, 31, slots, heads, dtype, implementation, "cuda")
 
 
+@pytest.mark.parametrize("implementation", ["triton", "batched"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("superchunk", "order"), [(1, 9), (2, 40)])
+def test_memory_of_documents_that_come_and_go(dtype, implementation, superchunk, order):
+    compare_passing_states(superchunk, order, dtype, implementation, "cuda")
+
+
+def test_states_do_not_drift_over_many_superchunks():
+    """Noise, whose state is as large as what each block adds: what a product cuts off would add up."""
+    tokens, length = 96 * 96, 96
+    signal = draw(tokens, 1, 1, 32, dtype=torch.bfloat16, device="cuda")
+    layout = BlockLayout.single_document(1, tokens, length, torch.device("cuda"))
+    banks = MemoryBanks(192, length, exponential(32, 2.0))
+    truth = memory_slots(signal, layout, banks, 0, "batched")[-1]
+    half = memory_slots(signal.bfloat16(), layout, banks, 1, "triton")[-1].double()
+    assert (half - truth).norm() / truth.norm() < 5e-3
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_every_configuration_gives_the_same(index, monkeypatch):
+    """Those that the tuner did not choose too, on aligned tensors of whole tiles."""
+    for module in (memory_kernels, attention_kernels):
+        for kernel in vars(module).values():
+            if hasattr(kernel, "configs"):
+                monkeypatch.setattr(kernel, "configs", kernel.configs[index : index + 1])
+                monkeypatch.setattr(kernel, "cache", {})
+                monkeypatch.setattr(kernel, "cache_results", False)
+    segments = torch.ones(1, 1024, dtype=torch.int32)
+    banks = MemoryBanks(100, 256, exponential(128, 2.0))
+    compare_memory(segments, banks, 2, (2, 64), torch.bfloat16, "triton", "cuda", "batched", aligned=True)
+    compare_attention(segments, 256, 128, (4, 2, 64), torch.bfloat16, "triton", "cuda", "batched", aligned=True)
+
+
 @pytest.mark.parametrize(("order", "superchunk"), [(540, 16), (540, 4), (2160, 0)])
 def test_memory_at_real_size(order, superchunk):
     banks = MemoryBanks(order, 2048, exponential(512, 3.0))
-    compare_memory(REAL, banks, superchunk, (2, 128), torch.bfloat16, "triton", "cuda", "batched")
+    compare_memory(REAL, banks, superchunk, (2, 128), torch.bfloat16, "triton", "cuda", "batched", aligned=True)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_attention_at_real_size(rows):
-    compare_attention(REAL[:rows], 2048, 512, (4, 2, 128), torch.bfloat16, "triton", "cuda", "batched")
+    compare_attention(REAL[:rows], 2048, 512, (4, 2, 128), torch.bfloat16, "triton", "cuda", "batched", aligned=True)
 
 
 class Layer:

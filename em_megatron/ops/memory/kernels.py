@@ -13,8 +13,8 @@ m blocks of a superchunk, d head dimension, T tokens, b samples, B blocks, h KV 
     p_table                   int32, one line per program of the last grid axis: the document, block and states it serves
                               (`schedule.py` says what is in a line); a state of −1 is none
 
-The carry is near the identity for a long history, so carry · C is computed as C + (carry − 1) · C: what TF32 rounds away
-is then small beside what the block adds.
+The carry is multiplied in three TF32 products whatever the inputs are: one would cut what it does not hold off the states
+at every superchunk, always towards zero, and that adds up over a long history.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ CONFIGS: list[Tiles] = [
     {"BLOCK_M": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+]
+# Of the kernels that move states, whose fp32 tiles are three times as many.
+STATE_CONFIGS: list[Tiles] = [
+    {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},
 ]
 
 
@@ -68,23 +75,18 @@ def _product(acc_k, acc_v, p_matrix, stride_matrix, p_k, stride_k, p_v, stride_v
 
 @triton.jit
 def _carried(acc_k, acc_v, p_carry, stride_m, stride_k, p_c, stride_c, o_m, m_m, m_d, start, stop,
-             D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """acc + carry · C, or carryᵀ · C with exchanged strides, over the columns start … stop − 1 that are not zero.
 
     o_m: rows of the result [BLOCK_M]; p_c points at the channels of the keys [1, BLOCK_D] of row 0 of C.
     """
-    m_c = m_m[:, None] & m_d[None, :]
-    p_same = p_c + o_m[:, None].to(tl.int64) * stride_c
-    acc_k += tl.load(p_same, mask=m_c, other=0.0)
-    acc_v += tl.load(p_same + D, mask=m_c, other=0.0)
     for o in range(start, stop, BLOCK_K):
         o_k = o + tl.arange(0, BLOCK_K)
         b_carry = tl.load(p_carry + o_m[:, None] * stride_m + o_k[None, :] * stride_k, mask=m_m[:, None], other=0.0)
-        b_carry -= (o_m[:, None] == o_k[None, :]).to(tl.float32)
         b_k = tl.load(p_c + o_k[:, None].to(tl.int64) * stride_c, mask=m_d[None, :], other=0.0)
         b_v = tl.load(p_c + D + o_k[:, None].to(tl.int64) * stride_c, mask=m_d[None, :], other=0.0)
-        acc_k = dot(b_carry, b_k, acc_k, PRECISION)
-        acc_v = dot(b_carry, b_v, acc_v, PRECISION)
+        acc_k = dot(b_carry, b_k, acc_k, "tf32x3")
+        acc_v = dot(b_carry, b_v, acc_v, "tf32x3")
     return acc_k, acc_v
 
 
@@ -95,7 +97,7 @@ def _carried(acc_k, acc_v, p_carry, stride_m, stride_k, p_c, stride_c, o_m, m_m,
     fits,
     restore_value=["p_slot_keys", "p_slot_values"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["states"])
 def read_kernel(
     p_key, p_value, p_states, p_triangle, p_read_carry, p_table, p_slot_keys, p_slot_values,
     stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh, rows, states,
@@ -109,7 +111,11 @@ def read_kernel(
     """
     i_h, heads = tl.program_id(0), tl.num_programs(0)
     p_line = p_table + tl.program_id(2) * 5
-    i_block, i_row, t_first = tl.load(p_line), tl.load(p_line + 1), tl.load(p_line + 2).to(tl.int64)
+    i_block, i_row, t_first = (
+        tl.load(p_line).to(tl.int64),
+        tl.load(p_line + 1).to(tl.int64),
+        tl.load(p_line + 2).to(tl.int64),
+    )
     i, state = tl.load(p_line + 3), tl.load(p_line + 4)
     o_m, o_d = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     m_m, m_d = o_m < S, o_d < D
@@ -137,8 +143,8 @@ def read_kernel(
     tl.store(p_slot_values + o_out, acc_v.to(p_slot_values.dtype.element_ty), mask=m_out)
 
 
-@tuned(CONFIGS, ["L", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_inject", fits)
-@triton.jit
+@tuned(STATE_CONFIGS, ["L", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_inject", fits)
+@triton.jit(do_not_specialize=["states"])
 def write_kernel(
     p_key, p_value, p_states, p_carry, p_inject, p_table,
     stride_kt, stride_kb, stride_kh, stride_vt, stride_vb, stride_vh, states, tokens,
@@ -152,7 +158,7 @@ def write_kernel(
     """
     i_h, heads = tl.program_id(0), tl.num_programs(0)
     p_line = p_table + tl.program_id(2) * 4
-    i_row, t_first = tl.load(p_line), tl.load(p_line + 1).to(tl.int64)
+    i_row, t_first = tl.load(p_line).to(tl.int64), tl.load(p_line + 1).to(tl.int64)
     state_in, state_out = tl.load(p_line + 2), tl.load(p_line + 3)
     o_m, o_d = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     m_m, m_d = o_m < P, o_d < D
@@ -164,7 +170,7 @@ def write_kernel(
             p_c = p_states + (state_in * heads + i_h) * 2 * D + o_d[None, :]
             stop = tl.minimum((tl.program_id(1) + 1) * BLOCK_M, P)  # beyond it the carry is zero
             acc_k, acc_v = _carried(acc_k, acc_v, p_carry, P, 1, p_c, stride_c, o_m, m_m, m_d, 0, stop,
-                                    D, BLOCK_K, PRECISION)  # fmt: skip
+                                    D, BLOCK_K)  # fmt: skip
     if HAS_TOKENS:
         p_k = p_key + t_first * stride_kt + i_row * stride_kb + i_h * stride_kh + o_d[None, :]
         p_v = p_value + t_first * stride_vt + i_row * stride_vb + i_h * stride_vh + o_d[None, :]
@@ -177,7 +183,7 @@ def write_kernel(
 
 
 @tuned(CONFIGS, ["S", "L", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_inject", fits)
-@triton.jit
+@triton.jit(do_not_specialize=["states"])
 def signal_gradient_kernel(
     p_dslot_keys, p_dslot_values, p_dstates, p_triangle, p_inject, p_table, p_dkey, p_dvalue,
     rows, states, tokens,
@@ -228,8 +234,8 @@ def signal_gradient_kernel(
     tl.store(p_dvalue + o_out, acc_v.to(p_dvalue.dtype.element_ty), mask=m_out)
 
 
-@tuned(CONFIGS, ["S", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_carry", fits, restore_value=["p_dstates"])
-@triton.jit
+@tuned(STATE_CONFIGS, ["S", "P", "D", "HAS_TOKENS", "HAS_STATES"], "p_carry", fits, restore_value=["p_dstates"])
+@triton.jit(do_not_specialize=["states"])
 def state_gradient_kernel(
     p_dslot_keys, p_dslot_values, p_dstates, p_read_carry, p_carry, p_table, rows, states,
     S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -254,7 +260,7 @@ def state_gradient_kernel(
             p_c = p_dstates + (state_out * heads + i_h) * 2 * D + o_d[None, :]
             start = tl.program_id(1) * BLOCK_M // BLOCK_K * BLOCK_K  # before it the transposed carry is zero
             acc_k, acc_v = _carried(acc_k, acc_v, p_carry, 1, P, p_c, stride_c, o_m, m_m, m_d, start, P,
-                                    D, BLOCK_K, PRECISION)  # fmt: skip
+                                    D, BLOCK_K)  # fmt: skip
     if HAS_TOKENS:
         tiles: tl.constexpr = (S + BLOCK_K - 1) // BLOCK_K
         for step in range(0, blocks * tiles):

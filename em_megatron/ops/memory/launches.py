@@ -28,6 +28,7 @@ class Launch:
     chunk: Superchunk
     lines: Tensor
     writes: bool  # whether some document writes a state at its end
+    carries: bool  # whether such a document has a state at its start
 
     def inject(self) -> Tensor:
         return self.chunk.padded_inject
@@ -36,7 +37,7 @@ class Launch:
         return self.chunk.packed_triangle if self.chunk.num_blocks > 1 else None
 
     def carry(self) -> Tensor | None:
-        return self.chunk.padded_carry if self.chunk.start_block else None
+        return self.chunk.padded_carry if self.carries else None
 
 
 class MemoryLaunches:
@@ -61,6 +62,12 @@ class MemoryLaunches:
         if singles:
             banks.make_room(singles)
         self.chunks = [p.key.matrices(banks, bank_dtype, like.device) for p in self.schedule.passes]
+        largest = max((p.key.num_blocks for p in self.schedule.passes), default=0)
+        if self.order * largest * max(self.length, self.slots) >= 2**31:
+            raise ValueError(
+                f"the matrices of a superchunk of {largest} blocks at order {banks.order} are beyond the 2³¹ numbers that "
+                "kernels count to: choose a smaller memory.superchunk"
+            )
         self.constants = {
             "P": self.order,
             "D": self.dim,
@@ -71,7 +78,9 @@ class MemoryLaunches:
     def _launches(self, kind: str) -> list[Launch]:
         """In the order of the blocks, those that have lines of this kind."""
         return [
-            Launch(chunk, self.schedule.table(index, kind, self.device), bool(found.writes))
+            Launch(
+                chunk, self.schedule.table(index, kind, self.device), bool(found.writes), found.carries_a_state(kind)
+            )
             for index, (found, chunk) in enumerate(zip(self.schedule.passes, self.chunks, strict=True))
             if getattr(found, kind)
         ]
@@ -131,11 +140,15 @@ class MemoryLaunches:
                         carry: bool = True, accumulate: bool = False) -> None:  # fmt: skip
         """Fills the gradients of the states before the superchunks, the last superchunk first."""
         for launch in reversed(self._launches(kind)):
-            matrix = launch.chunk.padded_read_carry
+            read = launch.chunk.padded_read_carry if d_slots is not None else None
+            moved = launch.carry() if carry else None
+            if read is None and moved is None:  # nothing to add
+                continue
             kernels.state_gradient_kernel[self._grid(self.order, launch.lines)](
-                *(d_slots or (d_states, d_states)), d_states, matrix, launch.carry() if carry else matrix, launch.lines,
-                self.shape[1], self.schedule.num_states, S=self.slots, HAS_TOKENS=d_slots is not None,
-                HAS_STATES=carry, ACCUMULATE=accumulate, **self.constants,
+                *(d_slots or (d_states, d_states)), d_states, read if read is not None else moved,
+                moved if moved is not None else read, launch.lines,
+                self.shape[1], self.schedule.num_states, S=self.slots, HAS_TOKENS=read is not None,
+                HAS_STATES=moved is not None, ACCUMULATE=accumulate, **self.constants,
             )  # fmt: skip
 
     def signal_gradients(self, d_slots: Pair | None, d_states: Tensor | None) -> Pair:

@@ -60,6 +60,12 @@ class Pass:
     links: list[tuple[int, ...]] = field(default_factory=list)  # segments whose states are computed here
     brought: list[tuple[int, ...]] = field(default_factory=list)  # their segments
 
+    def carries_a_state(self, kind: str) -> bool:
+        """Whether a launch over these lines moves a state from the start of the superchunk to its end."""
+        if kind in ("writes", "carries"):
+            return any(line[2] != NONE for line in getattr(self, kind))
+        return any(line[-1] != NONE for line in getattr(self, kind)) and kind in ("segments", "links", "brought")
+
 
 class Schedule:
     """All passes of a layout.

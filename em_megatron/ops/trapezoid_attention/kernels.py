@@ -49,7 +49,8 @@ def _fits(staying: int, staged: int, tiles: Tiles, width: int, itemsize: int, li
     """Whether two tiles that stay and two of each stage fit shared memory, and fp32 scores registers."""
     if itemsize == 4 and staying * staged > 4096:
         return False
-    return (2 * staying + 2 * tiles["num_stages"] * staged) * width * itemsize <= limit
+    copies = 2 if itemsize == 4 else 1  # three TF32 products keep what one leaves over
+    return (2 * staying + 2 * tiles["num_stages"] * staged) * width * itemsize * copies <= limit
 
 
 def query_side_fits(tiles: Tiles, width: int, itemsize: int, limit: int) -> bool:
@@ -117,7 +118,7 @@ def rotate_kernel(
     """[T, b, h, d] strided → rotated [n, h, L, d]. Grid: tiles of L × heads × n."""
     i_h, i_n = tl.program_id(1), tl.program_id(2)
     o_l = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    p_rows = p_x + (i_n // rows * L).to(tl.int64) * stride_t + i_n % rows * stride_b + i_h * stride_h
+    p_rows = p_x + (i_n // rows * L).to(tl.int64) * stride_t + (i_n % rows).to(tl.int64) * stride_b + i_h * stride_h
     b_1, b_2 = _halves(p_rows, stride_t, o_l, o_l < L, D, BLOCK_H, False)
     b_1, b_2 = _turn(b_1, b_2, p_cos, p_sin, o_l, L, False, D, BLOCK_H)
     p_out = p_rotated + (i_n * tl.num_programs(1) + i_h).to(tl.int64) * L * D
@@ -166,7 +167,7 @@ def forward_kernel(
     """Output and log-sum-exp. Grid: tiles of L × hq × n; the tiles with most keys go first."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     i_h, i_n, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    i_kv, i_row, t_first = i_h // group, i_n % rows, (i_n // rows * L).to(tl.int64)
+    i_kv, i_row, t_first = i_h // group, (i_n % rows).to(tl.int64), (i_n // rows * L).to(tl.int64)
     o_m = first + tl.arange(0, BLOCK_M)
     EVEN: tl.constexpr = L % BLOCK_M == 0 and L % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H
     p_q = p_query + t_first * stride_qt + i_row * stride_qb + i_h * stride_qh
@@ -215,7 +216,7 @@ def delta_kernel(
 ):  # fmt: skip
     """Σ out · dout of every token and head. Grid: tiles of L × hq × n."""
     i_h, i_n, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    i_row, t_first = i_n % rows, (i_n // rows * L).to(tl.int64)
+    i_row, t_first = (i_n % rows).to(tl.int64), (i_n // rows * L).to(tl.int64)
     o_l = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     p_o = p_out + ((t_first * rows + i_row) * heads + i_h) * D
     p_g = p_dout + t_first * stride_gt + i_row * stride_gb + i_h * stride_gh
@@ -267,7 +268,7 @@ def query_gradient_kernel(
     """
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     i_h, i_n, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    i_kv, i_row, t_first = i_h // group, i_n % rows, (i_n // rows * L).to(tl.int64)
+    i_kv, i_row, t_first = i_h // group, (i_n % rows).to(tl.int64), (i_n // rows * L).to(tl.int64)
     o_m = first + tl.arange(0, BLOCK_M)
     EVEN: tl.constexpr = L % BLOCK_M == 0 and L % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H
     p_q = p_query + t_first * stride_qt + i_row * stride_qb + i_h * stride_qh
@@ -354,7 +355,7 @@ def key_gradient_kernel(
     """Gradients of own keys and values. Grid: tiles of L × hk × n; the first tiles meet most queries."""
     first = tl.program_id(0) * BLOCK_N
     i_kv, i_n, kv_heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    i_row, t_first = i_n % rows, (i_n // rows * L).to(tl.int64)
+    i_row, t_first = (i_n % rows).to(tl.int64), (i_n // rows * L).to(tl.int64)
     o_n = first + tl.arange(0, BLOCK_N)
     EVEN: tl.constexpr = L % BLOCK_M == 0 and L % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H
     p_k = p_key + (i_n * kv_heads + i_kv).to(tl.int64) * L * D
@@ -399,7 +400,7 @@ def slot_gradient_kernel(
 ):  # fmt: skip
     """Gradients of slots [n, hk, S, d], zeros where nobody reads them. Grid: tiles of S × hk × n."""
     i_kv, i_n, kv_heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    i_row, t_first = i_n % rows, (i_n // rows * L).to(tl.int64)
+    i_row, t_first = (i_n % rows).to(tl.int64), (i_n // rows * L).to(tl.int64)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     EVEN_N: tl.constexpr = S % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H
     o_s = i_n.to(tl.int64) * stride_sn + i_kv * stride_sh

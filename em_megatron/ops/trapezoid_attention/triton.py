@@ -149,7 +149,7 @@ class TrapezoidAttention(torch.autograd.Function):
         slots, rotated_key = _or_anything(slot_keys, slot_values, query), launches.rotated(key)
         delta = launches.delta(out, dout)
         d_slots: tuple[Tensor | None, Tensor | None] = (None, None)
-        if slot_keys is not None:
+        if slot_keys is not None and any(ctx.needs_input_grad[3:5]):
             d_slots = launches.slot_gradients(query, slots, dout, lse, delta)
         d_key, d_value = launches.key_gradients(launches.rotated(query), rotated_key, value, dout, lse, delta)
         d_query = launches.query_gradient(query, rotated_key, value, slots, dout, lse, delta)
