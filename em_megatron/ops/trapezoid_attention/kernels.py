@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from em_megatron.ops.tiles import Tiles, dot, tuned
+from em_megatron.ops.trapezoid_attention.rows import halves, scores, store_halves, tile, turn
 
 # BLOCK_M queries, BLOCK_N keys.
 FORWARD_CONFIGS: list[Tiles] = [
@@ -64,53 +65,6 @@ def key_side_fits(tiles: Tiles, width: int, itemsize: int, limit: int) -> bool:
 
 
 @triton.jit
-def _tile(p_rows, stride, o_r, m_r, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """Columns 0 … WIDTH − 1 of rows o_r [R], [R, BLOCK], zeros where there is nothing; EVEN says that all is there."""
-    o_d = tl.arange(0, BLOCK)
-    p_tile = p_rows + o_r[:, None] * stride + o_d[None, :]
-    if EVEN:
-        return tl.load(p_tile)
-    return tl.load(p_tile, mask=m_r[:, None] & (o_d < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def _halves(p_rows, stride, o_r, m_r, D: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr):
-    """Both halves of rows of queries or keys, each [R, BLOCK_H]."""
-    b_1 = _tile(p_rows, stride, o_r, m_r, D // 2, BLOCK_H, EVEN)
-    b_2 = _tile(p_rows + D // 2, stride, o_r, m_r, D // 2, BLOCK_H, EVEN)
-    return b_1, b_2
-
-
-@triton.jit
-def _store_halves(p_rows, stride, o_r, m_r, b_1, b_2, D: tl.constexpr, BLOCK_H: tl.constexpr):
-    o_d = tl.arange(0, BLOCK_H)
-    p_tile = p_rows + o_r[:, None] * stride + o_d[None, :]
-    m_tile = m_r[:, None] & (o_d < D // 2)[None, :]
-    tl.store(p_tile, b_1.to(p_rows.dtype.element_ty), mask=m_tile)
-    tl.store(p_tile + D // 2, b_2.to(p_rows.dtype.element_ty), mask=m_tile)
-
-
-@triton.jit
-def _turn(b_1, b_2, p_cos, p_sin, o_l, L, BACK: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Rotates rows, given as halves [R, BLOCK_H], to positions o_l, or back; fp32."""
-    o_angle = o_l[:, None] * (D // 2) + tl.arange(0, BLOCK_H)[None, :]
-    m_angle = (o_l < L)[:, None] & (tl.arange(0, BLOCK_H) < D // 2)[None, :]
-    b_cos = tl.load(p_cos + o_angle, mask=m_angle, other=0.0)
-    b_sin = tl.load(p_sin + o_angle, mask=m_angle, other=0.0)
-    if BACK:
-        b_sin = -b_sin
-    b_1, b_2 = b_1.to(tl.float32), b_2.to(tl.float32)
-    return b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin
-
-
-@triton.jit
-def _scores(b_q1, b_q2, b_k1, b_k2, PRECISION: tl.constexpr):
-    """Products of all rows of the first with all of the second, [R, C]."""
-    nothing = tl.zeros([b_q1.shape[0], b_k1.shape[0]], tl.float32)
-    return dot(b_q2, tl.trans(b_k2), dot(b_q1, tl.trans(b_k1), nothing, PRECISION), PRECISION)
-
-
-@triton.jit
 def rotate_kernel(
     p_x, p_cos, p_sin, p_rotated, stride_t, stride_b, stride_h, rows, L,
     D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -119,10 +73,10 @@ def rotate_kernel(
     i_h, i_n = tl.program_id(1), tl.program_id(2)
     o_l = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     p_rows = p_x + (i_n // rows * L).to(tl.int64) * stride_t + (i_n % rows).to(tl.int64) * stride_b + i_h * stride_h
-    b_1, b_2 = _halves(p_rows, stride_t, o_l, o_l < L, D, BLOCK_H, False)
-    b_1, b_2 = _turn(b_1, b_2, p_cos, p_sin, o_l, L, False, D, BLOCK_H)
+    b_1, b_2 = halves(p_rows, stride_t, o_l, o_l < L, D, BLOCK_H, False)
+    b_1, b_2 = turn(b_1, b_2, p_cos, p_sin, o_l, L, False, D, BLOCK_H)
     p_out = p_rotated + (i_n * tl.num_programs(1) + i_h).to(tl.int64) * L * D
-    _store_halves(p_out, D, o_l, o_l < L, b_1, b_2, D, BLOCK_H)
+    store_halves(p_out, D, o_l, o_l < L, b_1, b_2, D, BLOCK_H)
 
 
 @triton.jit
@@ -134,8 +88,8 @@ def _attend(
     """Online softmax over keys start … stop − 1: acc [M, D], top and total [M], in powers of two."""
     for o in range(start, stop, BLOCK_N):
         o_n = o + tl.arange(0, BLOCK_N)
-        b_k1, b_k2 = _halves(p_k, stride_k, o_n, o_n < keys, D, BLOCK_H, EVEN)
-        b_s = _scores(b_q1, b_q2, b_k1, b_k2, PRECISION) * scale
+        b_k1, b_k2 = halves(p_k, stride_k, o_n, o_n < keys, D, BLOCK_H, EVEN)
+        b_s = scores(b_q1, b_q2, b_k1, b_k2, PRECISION) * scale
         if CAUSAL:
             b_s = tl.where(o_m[:, None] >= o_n[None, :], b_s, float("-inf"))
         if not EVEN:
@@ -148,7 +102,7 @@ def _attend(
         b_p = tl.exp2(b_s - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(b_p, 1)
-        b_v = _tile(p_v, stride_v, o_n, o_n < keys, D, BLOCK_D, EVEN)
+        b_v = tile(p_v, stride_v, o_n, o_n < keys, D, BLOCK_D, EVEN)
         acc = dot(b_p.to(b_v.dtype), b_v, acc * decay[:, None], PRECISION)
         top = new_top
     return acc, top, total
@@ -171,7 +125,7 @@ def forward_kernel(
     o_m = first + tl.arange(0, BLOCK_M)
     EVEN: tl.constexpr = L % BLOCK_M == 0 and L % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H
     p_q = p_query + t_first * stride_qt + i_row * stride_qb + i_h * stride_qh
-    b_q1, b_q2 = _halves(p_q, stride_qt, o_m, o_m < L, D, BLOCK_H, EVEN)
+    b_q1, b_q2 = halves(p_q, stride_qt, o_m, o_m < L, D, BLOCK_H, EVEN)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32) + LOWEST
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -189,7 +143,7 @@ def forward_kernel(
             readers, 0, tl.where(first < readers, S, 0), S, scale, False, False, SEGMENTS,
             S % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H, D, BLOCK_D, BLOCK_H, BLOCK_N, PRECISION,
         )  # fmt: skip
-    turned_1, turned_2 = _turn(b_q1, b_q2, p_cos, p_sin, o_m, L, False, D, BLOCK_H)
+    turned_1, turned_2 = turn(b_q1, b_q2, p_cos, p_sin, o_m, L, False, D, BLOCK_H)
     b_q1, b_q2 = turned_1.to(b_q1.dtype), turned_2.to(b_q2.dtype)
     p_k = p_key + (i_n * (heads // group) + i_kv).to(tl.int64) * L * D
     p_v = p_value + t_first * stride_vt + i_row * stride_vb + i_kv * stride_vh
@@ -220,8 +174,8 @@ def delta_kernel(
     o_l = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     p_o = p_out + ((t_first * rows + i_row) * heads + i_h) * D
     p_g = p_dout + t_first * stride_gt + i_row * stride_gb + i_h * stride_gh
-    b_out = _tile(p_o, rows * heads * D, o_l, o_l < L, D, BLOCK_D, False).to(tl.float32)
-    b_dout = _tile(p_g, stride_gt, o_l, o_l < L, D, BLOCK_D, False).to(tl.float32)
+    b_out = tile(p_o, rows * heads * D, o_l, o_l < L, D, BLOCK_D, False).to(tl.float32)
+    b_dout = tile(p_g, stride_gt, o_l, o_l < L, D, BLOCK_D, False).to(tl.float32)
     tl.store(p_delta + (i_n * heads + i_h).to(tl.int64) * L + o_l, tl.sum(b_out * b_dout, 1), mask=o_l < L)
 
 
@@ -234,9 +188,9 @@ def _query_gradient(
     """dq + dS K over keys start … stop − 1, without the factor 1/√d: dq [M, H] twice, b_dout [M, D]."""
     for o in range(start, stop, BLOCK_N):
         o_n = o + tl.arange(0, BLOCK_N)
-        b_k1, b_k2 = _halves(p_k, stride_k, o_n, o_n < keys, D, BLOCK_H, EVEN)
-        b_v = _tile(p_v, stride_v, o_n, o_n < keys, D, BLOCK_D, EVEN)
-        b_p = tl.exp2(_scores(b_q1, b_q2, b_k1, b_k2, PRECISION) * scale - b_lse[:, None])
+        b_k1, b_k2 = halves(p_k, stride_k, o_n, o_n < keys, D, BLOCK_H, EVEN)
+        b_v = tile(p_v, stride_v, o_n, o_n < keys, D, BLOCK_D, EVEN)
+        b_p = tl.exp2(scores(b_q1, b_q2, b_k1, b_k2, PRECISION) * scale - b_lse[:, None])
         if CAUSAL:
             b_p = tl.where(o_m[:, None] >= o_n[None, :], b_p, 0.0)
         if not EVEN:
@@ -273,8 +227,8 @@ def query_gradient_kernel(
     EVEN: tl.constexpr = L % BLOCK_M == 0 and L % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H
     p_q = p_query + t_first * stride_qt + i_row * stride_qb + i_h * stride_qh
     p_g = p_dout + t_first * stride_gt + i_row * stride_gb + i_h * stride_gh
-    b_q1, b_q2 = _halves(p_q, stride_qt, o_m, o_m < L, D, BLOCK_H, EVEN)
-    b_dout = _tile(p_g, stride_gt, o_m, o_m < L, D, BLOCK_D, EVEN)
+    b_q1, b_q2 = halves(p_q, stride_qt, o_m, o_m < L, D, BLOCK_H, EVEN)
+    b_dout = tile(p_g, stride_gt, o_m, o_m < L, D, BLOCK_D, EVEN)
     o_lse = (i_n * heads + i_h).to(tl.int64) * L + o_m
     b_lse = tl.load(p_lse + o_lse, mask=o_m < L, other=0.0)
     b_delta = tl.load(p_delta + o_lse, mask=o_m < L, other=0.0)
@@ -294,8 +248,8 @@ def query_gradient_kernel(
             o_m, b_start, readers, 0, tl.where(first < readers, S, 0), S, scale, False, False, SEGMENTS,
             S % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H, D, BLOCK_D, BLOCK_H, BLOCK_N, PRECISION,
         )  # fmt: skip
-        dq_1, dq_2 = _turn(dq_1, dq_2, p_cos, p_sin, o_m, L, False, D, BLOCK_H)
-    turned_1, turned_2 = _turn(b_q1, b_q2, p_cos, p_sin, o_m, L, False, D, BLOCK_H)
+        dq_1, dq_2 = turn(dq_1, dq_2, p_cos, p_sin, o_m, L, False, D, BLOCK_H)
+    turned_1, turned_2 = turn(b_q1, b_q2, p_cos, p_sin, o_m, L, False, D, BLOCK_H)
     b_q1, b_q2 = turned_1.to(b_q1.dtype), turned_2.to(b_q2.dtype)
     p_k = p_key + (i_n * (heads // group) + i_kv).to(tl.int64) * L * D
     p_v = p_value + t_first * stride_vt + i_row * stride_vb + i_kv * stride_vh
@@ -308,10 +262,10 @@ def query_gradient_kernel(
         dq_1, dq_2, b_q1, b_q2, b_dout, b_lse, b_delta, p_k, D, p_v, stride_vt, o_m, b_start, 0, diagonal,
         tl.minimum(first + BLOCK_M, L), L, scale, True, SEGMENTS, False, EVEN, D, BLOCK_D, BLOCK_H, BLOCK_N, PRECISION,
     )  # fmt: skip
-    dq_1, dq_2 = _turn(dq_1, dq_2, p_cos, p_sin, o_m, L, True, D, BLOCK_H)
+    dq_1, dq_2 = turn(dq_1, dq_2, p_cos, p_sin, o_m, L, True, D, BLOCK_H)
     p_out = p_dquery + ((t_first * rows + i_row) * heads + i_h) * D
     factor = scale * LN_2
-    _store_halves(p_out, rows * heads * D, o_m, o_m < L, dq_1 * factor, dq_2 * factor, D, BLOCK_H)
+    store_halves(p_out, rows * heads * D, o_m, o_m < L, dq_1 * factor, dq_2 * factor, D, BLOCK_H)
 
 
 @triton.jit
@@ -323,10 +277,10 @@ def _key_gradient(
     """dk + dSᵀ Q, without 1/√d, and dv + Pᵀ dout over queries start … stop − 1: dk [N, H] twice, dv [N, D]."""
     for o in range(start, stop, BLOCK_M):
         o_m = o + tl.arange(0, BLOCK_M)
-        b_q1, b_q2 = _halves(p_q, stride_q, o_m, o_m < L, D, BLOCK_H, EVEN)
+        b_q1, b_q2 = halves(p_q, stride_q, o_m, o_m < L, D, BLOCK_H, EVEN)
         b_lse = tl.load(p_lse + o_m, mask=o_m < L, other=0.0)
         b_delta = tl.load(p_delta + o_m, mask=o_m < L, other=0.0)
-        b_p = tl.exp2(_scores(b_k1, b_k2, b_q1, b_q2, PRECISION) * scale - b_lse[None, :])
+        b_p = tl.exp2(scores(b_k1, b_k2, b_q1, b_q2, PRECISION) * scale - b_lse[None, :])
         if CAUSAL:
             b_p = tl.where(o_m[None, :] >= o_n[:, None], b_p, 0.0)
         if not EVEN:
@@ -335,7 +289,7 @@ def _key_gradient(
             b_p = tl.where(o_m[None, :] < b_stop[:, None], b_p, 0.0)
         if OF_READERS:
             b_p = tl.where((o_m < readers)[None, :], b_p, 0.0)
-        b_dout = _tile(p_g, stride_g, o_m, o_m < L, D, BLOCK_D, EVEN)
+        b_dout = tile(p_g, stride_g, o_m, o_m < L, D, BLOCK_D, EVEN)
         dv = dot(b_p.to(b_dout.dtype), b_dout, dv, PRECISION)
         b_dp = dot(b_v, tl.trans(b_dout), tl.zeros([b_k1.shape[0], BLOCK_M], tl.float32), PRECISION)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q1.dtype)
@@ -360,8 +314,8 @@ def key_gradient_kernel(
     EVEN: tl.constexpr = L % BLOCK_M == 0 and L % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H
     p_k = p_key + (i_n * kv_heads + i_kv).to(tl.int64) * L * D
     p_v = p_value + t_first * stride_vt + i_row * stride_vb + i_kv * stride_vh
-    b_k1, b_k2 = _halves(p_k, D, o_n, o_n < L, D, BLOCK_H, EVEN)
-    b_v = _tile(p_v, stride_vt, o_n, o_n < L, D, BLOCK_D, EVEN)
+    b_k1, b_k2 = halves(p_k, D, o_n, o_n < L, D, BLOCK_H, EVEN)
+    b_v = tile(p_v, stride_vt, o_n, o_n < L, D, BLOCK_D, EVEN)
     b_stop = o_n * 0
     last = first * 0 + L
     if SEGMENTS:
@@ -381,9 +335,9 @@ def key_gradient_kernel(
             dk_1, dk_2, dv, b_k1, b_k2, b_v, p_q, D, p_g, stride_gt, p_lse + o_h, p_delta + o_h, o_n, b_stop, 0, start,
             last, L, L, scale, True, SEGMENTS, False, EVEN, D, BLOCK_D, BLOCK_H, BLOCK_M, PRECISION,
         )  # fmt: skip
-    dk_1, dk_2 = _turn(dk_1, dk_2, p_cos, p_sin, o_n, L, True, D, BLOCK_H)
+    dk_1, dk_2 = turn(dk_1, dk_2, p_cos, p_sin, o_n, L, True, D, BLOCK_H)
     o_out, stride_out, factor = ((t_first * rows + i_row) * kv_heads + i_kv) * D, rows * kv_heads * D, scale * LN_2
-    _store_halves(p_dkey + o_out, stride_out, o_n, o_n < L, dk_1 * factor, dk_2 * factor, D, BLOCK_H)
+    store_halves(p_dkey + o_out, stride_out, o_n, o_n < L, dk_1 * factor, dk_2 * factor, D, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
     tl.store(p_dvalue + o_out + o_n[:, None] * stride_out + o_d[None, :], dv.to(p_dvalue.dtype.element_ty),
              mask=(o_n < L)[:, None] & (o_d < D)[None, :])  # fmt: skip
@@ -404,8 +358,8 @@ def slot_gradient_kernel(
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     EVEN_N: tl.constexpr = S % BLOCK_N == 0 and D == BLOCK_D and D == 2 * BLOCK_H
     o_s = i_n.to(tl.int64) * stride_sn + i_kv * stride_sh
-    b_k1, b_k2 = _halves(p_slot_keys + o_s, stride_ss, o_n, o_n < S, D, BLOCK_H, EVEN_N)
-    b_v = _tile(p_slot_values + o_s, stride_ss, o_n, o_n < S, D, BLOCK_D, EVEN_N)
+    b_k1, b_k2 = halves(p_slot_keys + o_s, stride_ss, o_n, o_n < S, D, BLOCK_H, EVEN_N)
+    b_v = tile(p_slot_values + o_s, stride_ss, o_n, o_n < S, D, BLOCK_D, EVEN_N)
     readers = tl.load(p_readers + i_n)
     dk_1 = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     dk_2 = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
@@ -421,7 +375,7 @@ def slot_gradient_kernel(
             D, BLOCK_D, BLOCK_H, BLOCK_M, PRECISION,
         )  # fmt: skip
     o_out, factor = (i_n * kv_heads + i_kv).to(tl.int64) * S * D, scale * LN_2
-    _store_halves(p_dslot_keys + o_out, D, o_n, o_n < S, dk_1 * factor, dk_2 * factor, D, BLOCK_H)
+    store_halves(p_dslot_keys + o_out, D, o_n, o_n < S, dk_1 * factor, dk_2 * factor, D, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
     tl.store(p_dslot_values + o_out + o_n[:, None] * D + o_d[None, :], dv.to(p_dslot_values.dtype.element_ty),
              mask=(o_n < S)[:, None] & (o_d < D)[None, :])  # fmt: skip
