@@ -11,9 +11,9 @@ import pytest
 
 from tests.ops.ahead_of_time import KERNELS, SHAPES, SHARED_MEMORY
 
-# Bytes per thread that registers may spill to: under a third of them in the shapes that train, half and more elsewhere (fp32 takes
-# three TF32 products for one, odd sizes take masks).
-STACK = {"bf16": 320, "fp16": 512, "fp32": 640}
+# Bytes per thread that registers may spill to: under a third of them in bf16, which trains; half with the masks of odd
+# sizes; most in fp32, whose three TF32 products for one no GPU has the registers for (sm_100 is the worst).
+STACK = {"bf16": 320, "fp16": 512, "fp32": 896}
 
 # The unit that multiplies matrices on each capability, and the kernels that multiply none.
 PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -48,7 +48,7 @@ LOWEST = tl.constexpr(-1.0e30)  # stands for −∞ where differences must stay 
 
 def _fits(staying: int, staged: int, tiles: Tiles, width: int, itemsize: int, limit: int) -> bool:
     """Whether two tiles that stay and two of each stage fit shared memory, and fp32 scores registers."""
-    if itemsize == 4 and staying * staged > 4096:
+    if itemsize == 4 and staying * staged > 16 * 32 * tiles["num_warps"]:  # 16 scores per thread
         return False
     copies = 2 if itemsize == 4 else 1  # three TF32 products keep what one leaves over
     return (2 * staying + 2 * tiles["num_stages"] * staged) * width * itemsize * copies <= limit
