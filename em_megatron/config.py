@@ -142,6 +142,11 @@ class CheckpointConfig:
     asynchronous: bool = option(
         True, "write in a forked process while training goes on; false waits (and needs no second copy in memory)"
     )
+    initial_load_path: str | None = option(
+        None,
+        "run or checkpoint whose weights a new run starts from, with a fresh optimizer, at step 0 (such as one of "
+        "launch/import_hf.py); not read once the run has a checkpoint of its own",
+    )
     resume: bool = option(
         True, "go on from the newest complete checkpoint of this run; false refuses where there is one"
     )
@@ -188,13 +193,14 @@ class RunConfig:
         return Path(self.output_dir).expanduser() / self.name
 
 
-def load_config(recipe: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Recipe, then overrides `section.key=value`, into one checked tree (layout checks: `validate.validate`).
+def load_config(recipe: RunConfig | Path | str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Recipe (a file, or a tree), then overrides `section.key=value`, into one checked tree (layout: `validate.validate`).
 
     Raises:
         ConfigError: missing file, invalid YAML, unknown key, wrong type, missing value.
     """
-    tree: Any = OmegaConf.structured(RunConfig)
+    tree: Any = OmegaConf.structured(recipe if isinstance(recipe, RunConfig) else RunConfig)
+    recipe = None if isinstance(recipe, RunConfig) else recipe
     if recipe is not None and not Path(recipe).is_file():
         raise ConfigError(
             f"recipe '{recipe}' does not exist: give the path of a YAML file, such as launch/recipes/*.yaml"
@@ -221,6 +227,11 @@ def load_config(recipe: Path | str | None, overrides: Sequence[str] = ()) -> Run
 
     apply_size(config.model)
     return config
+
+
+def plain_overrides(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with `--memory.KEY=VALUE`, as other tools write it, in the form `memory.KEY=VALUE`."""
+    return [re.sub(r"^--(?=memory\.\w+=)", "", argument) for argument in arguments]
 
 
 def config_text(config: RunConfig) -> str:

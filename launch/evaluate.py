@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from em_megatron.config import ConfigError
+from em_megatron.config import ConfigError, plain_overrides
 
 
 def parse() -> argparse.Namespace:
@@ -15,14 +15,14 @@ def parse() -> argparse.Namespace:
         prog="evaluate.py",
         description="Reads the held-out documents once and reports loss, perplexity and bits per byte, overall and by "
         "position in the context, as a table, JSON and PNG. Alone or under torchrun (ranks share the samples). The "
-        "memory's reader can be changed without retraining: memory.slots=64 memory.sampler=uniform memory.order=32.",
+        "memory's reader can be changed without retraining: memory.slots=64 memory.sampler=uniform memory.order=32 (or --memory.slots=64).",
     )
     parser.add_argument("checkpoint", type=Path, help="run folder, or one of its checkpoints/step_*")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options that replace the run's")
     parser.add_argument("--samples", type=int, default=0, help="read only so many held-out samples; 0: all (default)")
     parser.add_argument("--reference-models", action="store_true", help="also fit and score n-gram models to beat")
     parser.add_argument("--output", type=Path, help="folder of the report (default: RUN/evaluation)")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(plain_overrides(sys.argv[1:]))
 
 
 def main() -> int:

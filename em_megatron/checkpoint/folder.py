@@ -91,6 +91,22 @@ def complete_steps(root: Path) -> list[int]:
     return sorted(steps)
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder itself, or the newest complete one of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = path.expanduser().resolve()
+    if (path / "COMPLETE").is_file():
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = complete_steps(root) if root.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"no complete checkpoint in {path}: give a run folder or one of its checkpoints/step_*")
+    return root / step_name(steps[-1])
+
+
 def damage(folder: Path) -> str:
     """Why this is not a whole checkpoint; empty if it is."""
     if not folder.is_dir():

@@ -68,8 +68,8 @@ class CheckpointStore:
         step: int,
         *,
         model_chunks: Sequence[torch.nn.Module],
-        optimizer: Any,
-        scheduler: Any,
+        optimizer: Any | None,
+        scheduler: Any | None,
         train_state: dict[str, Any],
         config_text: str,
         extra: dict[str, ShardedTensor] | None = None,
@@ -78,9 +78,10 @@ class CheckpointStore:
         """Write the state after `step` optimizer steps and drop old checkpoints; returns the checkpoint's folder.
 
         `model_chunks` are Megatron models or their DDP wrappers (several with interleaving), `optimizer` a
-        MegatronOptimizer, `scheduler` anything with state_dict(). `train_state` must be JSON. `extra` are further
-        tensors, stored under the keys that the ShardedTensors carry; all ranks give a dictionary or none does. A
-        checkpoint of this step that is there already is replaced. Raises CheckpointError when a rank could not write.
+        MegatronOptimizer, `scheduler` anything with state_dict(); None for both saves weights alone, to be read without
+        an optimizer. `train_state` must be JSON. `extra` are further tensors, stored under the keys that the
+        ShardedTensors carry; all ranks give a dictionary or none does. A checkpoint of this step that is there already
+        is replaced. Raises CheckpointError when a rank could not write.
 
         An `asynchronous` save returns when the state is safe from what training does next, and the folder will be
         there after finalize(). A pending one is completed first, and its failure raised.
@@ -90,9 +91,11 @@ class CheckpointStore:
         document = on_rank_zero(lambda: self._prepare(folder, train_state))
         require_shared(folder)
         state: dict[str, Any] = _model_state(model_chunks)
-        _allocate_moments(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=dict(_METADATA))
-        state["scheduler"] = scheduler.state_dict()
+        if optimizer is not None:
+            _allocate_moments(optimizer)
+            state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=dict(_METADATA))
+        if scheduler is not None:
+            state["scheduler"] = scheduler.state_dict()
         state[RNG_KEY] = sharded_rng()
         if extra is not None:
             state["extra"] = sharded_extra(extra)
@@ -213,6 +216,11 @@ def _saved_optimizer(path: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     common: dict[str, dict[str, Any]] = dist_checkpointing.load_common_state_dict(str(path))
+    if "optimizer" not in common:
+        raise CheckpointError(
+            f"{path} holds weights alone, so no run can go on from it: start a new one, under another name, with "
+            f"checkpoint.initial_load_path={path.parent.parent}"
+        )
     return common["optimizer"]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from em_megatron.config import ConfigError
 from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.model.language_model import memory_cache
 from em_megatron.model.memory_cache import MemoryCache
+
+CHARACTERS_AT_ONCE = 1 << 14
+LONGEST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,39 +51,58 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-class Generator:
+class TextModel(Protocol):
     """A model and its memory between calls: read as much as you like, then write."""
+
+    def read(self, text: str) -> None:
+        """Takes a text in; constant memory."""
+
+    def write(self, max_new_tokens: int, sampling: Sampling) -> Iterator[str]:
+        """New text as it comes, until the end of the document or `max_new_tokens`; it enters the memory too."""
+
+    def copy(self) -> TextModel:
+        """A second one with the same memory; what is read or written there leaves this one as it was."""
+
+
+class MegatronText:
+    """A Megatron model on one rank, or on tensor-parallel ranks that all do the same."""
 
     def __init__(self, model: torch.nn.Module, vocabulary: Vocabulary) -> None:
         self.model, self.vocabulary = model, vocabulary
         self.cache: MemoryCache = memory_cache(model, batch_size=1)
         self.device = next(model.parameters()).device
         self._chunk = next(iter(self.cache.layers.values())).block_length
+        self.logits = self.read_ids([vocabulary.bos_id])  # of the next token, [1, vocab]
+
+    def read(self, text: str) -> None:
+        if ids := self.vocabulary.encode(text):
+            self.logits = self.read_ids(ids)
 
     @torch.no_grad()
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """Takes tokens in, a block at a time so that memory stays constant; logits after the last, [1, vocab].
-
-        Raises:
-            ConfigError: no tokens.
-        """
-        if not ids:
-            raise ConfigError("the prompt holds no tokens: give some text")
+    def read_ids(self, ids: Sequence[int]) -> Tensor:
+        """Takes one token or more in, a block at a time; logits after the last, [1, vocab]."""
         for start in range(0, len(ids), self._chunk):
             tokens = torch.tensor([list(ids[start : start + self._chunk])], device=self.device)
             logits: Tensor = self.model(tokens, None, None, inference_context=self.cache, runtime_gather_output=True)
         return logits[:, -1, : self.vocabulary.size]
 
-    def write(self, logits: Tensor, max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
-        """New ids one by one, until the end of the document or `max_new_tokens`."""
+    def write(self, max_new_tokens: int, sampling: Sampling) -> Iterator[str]:
+        return stream_text(self.write_ids(max_new_tokens, sampling), self.vocabulary)
+
+    def write_ids(self, max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """New ids one by one."""
         generator = torch.Generator().manual_seed(sampling.seed)
-        for left in range(max_new_tokens, 0, -1):
-            token = int(choose(logits, sampling, generator))
+        for _ in range(max_new_tokens):
+            token = int(choose(self.logits, sampling, generator))
             if token == self.vocabulary.eos_id:
                 return
             yield token
-            if left > 1:
-                logits = self.read([token])
+            self.logits = self.read_ids([token])
+
+    def copy(self) -> MegatronText:
+        other = copy.copy(self)
+        other.cache = self.cache.copy()
+        return other
 
 
 def stream_text(ids: Iterator[int], vocabulary: Vocabulary) -> Iterator[str]:
@@ -87,3 +111,38 @@ def stream_text(ids: Iterator[int], vocabulary: Vocabulary) -> Iterator[str]:
     for token in ids:
         yield decoder.decode(vocabulary.decode_bytes([token]))
     yield decoder.decode(b"", final=True)
+
+
+def read_lines(
+    model: TextModel, lines: Iterable[str], question: str | None, answer: Callable[[TextModel], None]
+) -> Iterator[int]:
+    """Reads an endless text line by line in constant memory; yields the characters read so far.
+
+    Ids are those of the whole text, for a line's end is a token of its own.
+
+    Args:
+        lines: with their ends, as a file gives them.
+        question: lines that begin so are not read: the rest of the line is put to a copy of the memory.
+        answer: what to do with that copy.
+    """
+    waiting, read = "", 0
+    for line in lines:
+        if question is not None and line.startswith(question):
+            model.read(waiting)
+            waiting, asked = "", model.copy()
+            asked.read(line.removeprefix(question))
+            answer(asked)
+            continue
+        waiting, read = waiting + line, read + len(line)
+        if len(waiting) >= CHARACTERS_AT_ONCE:
+            model.read(waiting)
+            waiting = ""
+            yield read
+    model.read(waiting)
+    yield read
+
+
+def pieces(file: TextIO) -> Iterator[str]:
+    """Lines of a file; one longer than LONGEST_LINE comes in parts, so that memory stays bounded."""
+    while line := file.readline(LONGEST_LINE):
+        yield line

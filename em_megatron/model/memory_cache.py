@@ -5,6 +5,7 @@ Per layer: the state C of keys and values, the slots read from it, the keys and 
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,12 @@ class LayerCache:
         """Bytes held; the same from the end of the first block on, whatever is read."""
         held = (self.block, self.rotated, self.state, self.slots)
         return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+    def copy(self) -> LayerCache:
+        """A second one of the same content."""
+        other = copy.copy(self)
+        other.block, other.rotated = self.block.clone(), self.rotated.clone()  # the others are replaced, not changed
+        return other
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Takes n ≤ room tokens: query [n, b, hq, d], key and value [n, b, hk, d] → [n, b, hq, d]."""
@@ -101,6 +108,12 @@ class MemoryCache(BaseInferenceContext):
     ) -> None:
         super().__init__(InferenceConfig())
         self.layers = {layer.layer_number: LayerCache(layer, batch_size, dtype, device) for layer in attentions}
+
+    def copy(self) -> MemoryCache:
+        """A second one of the same content: what is read into it leaves this one as it was."""
+        other = copy.copy(self)
+        other.layers = {number: layer.copy() for number, layer in self.layers.items()}
+        return other
 
     def is_static_batching(self) -> bool:
         return False

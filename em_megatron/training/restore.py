@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from em_megatron.checkpoint.folder import CheckpointError, complete_steps, step_name
+from em_megatron.checkpoint.folder import find_checkpoint
 from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.config import ConfigError, MemoryConfig, RunConfig, load_config
 from em_megatron.data.manifest import TOKENIZER_NAME
@@ -28,22 +28,6 @@ class Restored:
     model: list[torch.nn.Module]
     step: int
     checkpoint: Path
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder itself, or the newest complete one of a run folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = path.expanduser().resolve()
-    if (path / "COMPLETE").is_file():
-        return path
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = complete_steps(root) if root.is_dir() else []
-    if not steps:
-        raise CheckpointError(f"no complete checkpoint in {path}: give a run folder or one of its checkpoints/step_*")
-    return root / step_name(steps[-1])
 
 
 def saved_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:

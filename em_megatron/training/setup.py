@@ -20,6 +20,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 
+from em_megatron.checkpoint.folder import find_checkpoint
 from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.config import ConfigError, ModelConfig, RunConfig, config_text, load_config
 from em_megatron.data.manifest import TOKENIZER_NAME, Manifest
@@ -51,6 +52,9 @@ FIXED = (
     ),
 )
 
+
+# What of the model section a set of weights does not depend on.
+NOT_IN_WEIGHTS = ("size", "hidden_dropout", "init_method_std")
 
 # And where memory is carried from step to step, what says which states there are.
 FIXED_WITH_CARRIED_MEMORY = (
@@ -182,7 +186,10 @@ def set_up(config: RunConfig, world_size: int) -> Run:
     newest = store.latest(resuming=True)
     if newest is not None:
         check_continues(config, newest)
-    chunks = build_chunks(config, layout, corpus.vocabulary.size, initialize=newest is None)
+    start = config.checkpoint.initial_load_path if newest is None else None
+    chunks = build_chunks(config, layout, corpus.vocabulary.size, initialize=newest is None and start is None)
+    if start is not None:
+        load_initial_weights(config, Path(start), chunks, corpus.vocabulary)
     model = wrap_for_training(config, chunks, layout)
     optimizer = build_optimizer(config, model, layout.pg_collection)
     run = Run(
@@ -257,6 +264,33 @@ def connect_schedule(model: list[torch.nn.Module], optimizer: Any) -> None:
     if torch.cuda.is_available():
         no_sync = [chunk.no_sync for chunk in model]
         megatron_config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+
+
+def load_initial_weights(config: RunConfig, path: Path, chunks: list[torch.nn.Module], vocabulary: Vocabulary) -> None:
+    """Takes the weights of another run's checkpoint, of any layout; its memory may have been another one, or none.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or its weights have other shapes.
+        ConfigError: the weights mean something else under this recipe, or stand for the ids of another tokenizer.
+    """
+    checkpoint = find_checkpoint(path)
+    saved = load_config(checkpoint / "config.yaml")
+    for field in dataclasses.fields(ModelConfig):
+        before, now = getattr(saved.model, field.name), getattr(config.model, field.name)
+        if before != now and field.name not in NOT_IN_WEIGHTS:
+            raise ConfigError(
+                f"model.{field.name} is {now}, but checkpoint.initial_load_path holds weights for {before}: give the "
+                f"model section of {checkpoint / 'config.yaml'}"
+            )
+    tokenizer = checkpoint.parent.parent / TOKENIZER_NAME
+    if not tokenizer.is_file():
+        log.warning("%s lies without a tokenizer: its rows are taken for the ids of this corpus", checkpoint)
+    elif Vocabulary(tokenizer).sha256 != vocabulary.sha256:
+        raise ConfigError(
+            f"{checkpoint} was trained with another tokenizer than the corpus {config.data.path}: encode the corpus with "
+            f"{tokenizer}"
+        )
+    CheckpointStore(checkpoint.parent, config.checkpoint.keep_last).load(checkpoint, model_chunks=chunks)
 
 
 def check_continues(config: RunConfig, checkpoint: Path) -> None:

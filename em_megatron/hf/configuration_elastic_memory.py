@@ -1,0 +1,119 @@
+"""Configuration of Elastic Memory models for `transformers`. This file travels with the weights: it needs nothing else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.configuration_utils import PretrainedConfig
+
+SAMPLERS = ("uniform", "exponential", "window", "points")
+DISCRETIZATIONS = ("exact", "zero_order_hold", "bilinear", "forward_euler", "backward_euler")
+
+
+class ElasticMemoryConfig(PretrainedConfig):
+    """A Transformer whose attention reads a fixed-size memory of all tokens before the current block.
+
+    Args:
+        vocab_size: rows of the embedding; the tokenizer may use fewer.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+        rms_norm_eps, tie_word_embeddings, initializer_range: as in Llama.
+        rope_theta: base of the rotary frequencies; positions count inside a block.
+        qk_norm: RMSNorm on the queries and keys of each head.
+        max_position_embeddings: tokens per sample in training, for tools that ask; the model has no maximum.
+        block_length: tokens per block, L.
+        memory_layers: layers (from 0) that have a memory; None: all.
+        memory_order: polynomial coefficients kept per head and channel, N.
+        memory_slots: moments read back per block, S.
+        memory_sampler: which moments: uniform, exponential (dense near the present), window, points.
+        memory_sampler_a: steepness of `exponential`, > 0.
+        memory_sampler_lo, memory_sampler_hi: ends of `window` in the history, 0 ≤ lo < hi ≤ 1.
+        memory_points: the moments of `points`, ascending in (0, 1).
+        memory_discretization: how the signal is held between tokens.
+
+    Raises:
+        ValueError: values that cannot be, in one sentence.
+    """
+
+    model_type = "elastic_memory"
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 768,
+        intermediate_size: int = 2048,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        qk_norm: bool = False,
+        max_position_embeddings: int = 32768,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        block_length: int = 2048,
+        memory_layers: Sequence[int] | None = None,
+        memory_order: int = 540,
+        memory_slots: int = 512,
+        memory_sampler: str = "uniform",
+        memory_sampler_a: float = 3.0,
+        memory_sampler_lo: float = 0.0,
+        memory_sampler_hi: float = 1.0,
+        memory_points: Sequence[float] = (),
+        memory_discretization: str = "exact",
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.rms_norm_eps, self.rope_theta, self.qk_norm = rms_norm_eps, rope_theta, qk_norm
+        self.max_position_embeddings, self.initializer_range = max_position_embeddings, initializer_range
+        self.use_cache, self.block_length = use_cache, block_length
+        self.memory_layers = list(range(num_hidden_layers) if memory_layers is None else memory_layers)
+        self.memory_order, self.memory_slots, self.memory_sampler = memory_order, memory_slots, memory_sampler
+        self.memory_sampler_a, self.memory_points = memory_sampler_a, list(memory_points)
+        self.memory_sampler_lo, self.memory_sampler_hi = memory_sampler_lo, memory_sampler_hi
+        self.memory_discretization = memory_discretization
+        self.check()
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot be."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads", "head_dim", "block_length", "memory_order", "memory_slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}: each key/value head serves equally many query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding needs an even number")
+        if any(not 0 <= layer < self.num_hidden_layers for layer in self.memory_layers):
+            raise ValueError(f"memory_layers {self.memory_layers} does not fit {self.num_hidden_layers} layers")
+        if self.memory_discretization not in DISCRETIZATIONS:
+            raise ValueError(
+                f"memory_discretization '{self.memory_discretization}' is unknown: {', '.join(DISCRETIZATIONS)}"
+            )
+        self._check_sampler()
+
+    def _check_sampler(self) -> None:
+        if self.memory_sampler not in SAMPLERS:
+            raise ValueError(f"memory_sampler '{self.memory_sampler}' is unknown: choose one of {', '.join(SAMPLERS)}")
+        if self.memory_sampler == "exponential" and not 0 < self.memory_sampler_a < float("inf"):
+            raise ValueError(f"memory_sampler_a is {self.memory_sampler_a}: it must be above 0")
+        if self.memory_sampler == "window" and not 0 <= self.memory_sampler_lo < self.memory_sampler_hi <= 1:
+            raise ValueError(
+                f"the window from {self.memory_sampler_lo} to {self.memory_sampler_hi} is none: 0 <= lo < hi <= 1"
+            )
+        points = self.memory_points
+        if self.memory_sampler == "points" and len(points) != self.memory_slots:
+            raise ValueError(f"{len(points)} memory_points were given for {self.memory_slots} slots: make them equal")
+        if any(not 0 < point < 1 for point in points) or any(a >= b for a, b in itertools.pairwise(points)):
+            raise ValueError("memory_points must ascend strictly inside (0, 1)")

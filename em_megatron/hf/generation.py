@@ -1,0 +1,140 @@
+"""Text from a Hugging Face folder through `transformers`, with the memory kept between calls."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from em_megatron.config import ConfigError
+from em_megatron.evaluation.generation import Sampling
+
+READER_KEYS = {
+    "order": int,
+    "slots": int,
+    "sampler": str,
+    "sampler_a": float,
+    "sampler_lo": float,
+    "sampler_hi": float,
+    "sampler_points": lambda text: [float(point) for point in text.strip("[]").split(",")],
+}
+
+
+def is_exported(path: Path) -> bool:
+    """Whether this is a Hugging Face folder of ours."""
+    try:
+        fields = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and fields.get("model_type") == "elastic_memory"
+
+
+def reader_changes(overrides: Sequence[str]) -> dict[str, Any]:
+    """`memory.KEY=VALUE` as arguments of `set_memory`.
+
+    Raises:
+        ConfigError: another key, or a value of another kind.
+    """
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, _, value = override.removeprefix("memory.").partition("=")
+        if not override.startswith("memory.") or key not in READER_KEYS:
+            known = ", ".join(f"memory.{name}" for name in READER_KEYS)
+            raise ConfigError(f"override '{override}' does not fit a Hugging Face folder: only {known} can change")
+        try:
+            changes["points" if key == "sampler_points" else key] = READER_KEYS[key](value)  # type: ignore[operator]
+        except ValueError:
+            raise ConfigError(f"override '{override}' has no value of the right kind") from None
+    return changes
+
+
+class TransformersText:
+    """A model that was exported, its tokenizer, and its memory; see `evaluation.generation.TextModel`.
+
+    Args:
+        folder: of launch/export_hf.py.
+        overrides: memory.KEY=VALUE, another reader.
+        memory_file: a memory saved before, to go on from.
+
+    Raises:
+        ConfigError: the folder, an override or the memory cannot be used.
+    """
+
+    def __init__(self, folder: Path, overrides: Sequence[str] = (), memory_file: Path | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        from em_megatron.hf.cache_elastic_memory import ElasticMemoryCache
+        from em_megatron.hf.modeling_elastic_memory import ElasticMemoryForCausalLM
+
+        changes = reader_changes(overrides)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            model = ElasticMemoryForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+            self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").set_memory(**changes)
+            new = ElasticMemoryCache(model.config)
+            self.cache = new if memory_file is None else ElasticMemoryCache.load(memory_file, self.model)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{folder} cannot be used: {error}") from None
+        # generate() needs one token at least, so the last one always waits outside the memory.
+        self.waiting = [] if memory_file is not None else [self.tokenizer.bos_token_id]
+
+    def read(self, text: str) -> None:
+        ids = [*self.waiting, *self.tokenizer.encode(text, add_special_tokens=False)]
+        self.waiting = ids[-1:]
+        if len(ids) > 1:
+            self.model.read(torch.tensor([ids[:-1]]), self.cache)
+
+    def write(self, max_new_tokens: int, sampling: Sampling) -> Iterator[str]:
+        from transformers import TextIteratorStreamer
+
+        if not self.waiting:
+            raise ConfigError("a saved memory is asked with a text: give --prompt or --prompt-file")
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": streamer}
+        if sampling.temperature:
+            options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+            options |= {"top_k": sampling.top_k}
+        else:
+            options |= {"do_sample": False}
+        failed: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                torch.manual_seed(sampling.seed)
+                ids = torch.tensor([self.waiting], device=self.model.device)
+                self.waiting = self.model.generate(ids, **{self._cache_name: self.cache.fold()}, **options)[
+                    0, -1:
+                ].tolist()
+            except BaseException as error:
+                failed.append(error)
+                streamer.end()
+
+        worker = threading.Thread(target=generate)
+        worker.start()
+        yield from streamer
+        worker.join()
+        if failed:
+            raise failed[0]
+
+    @property
+    def _cache_name(self) -> str:
+        from em_megatron.hf.modeling_elastic_memory import CACHE
+
+        return CACHE
+
+    def copy(self) -> TransformersText:
+        other = copy.copy(self)
+        other.cache, other.waiting = self.cache.copy(), list(self.waiting)
+        return other
+
+    def save(self, path: Path) -> None:
+        """Writes the memory of everything read; its last token with it."""
+        if self.waiting:
+            self.model.read(torch.tensor([self.waiting]), self.cache)
+            self.waiting = []
+        self.cache.fold().save(path, self.model)

@@ -1,0 +1,115 @@
+"""The README of an exported folder: what it is, how to use it, what was measured, how it was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+
+from em_megatron.config import config_text
+from em_megatron.hf.export import Source
+from em_megatron.hf.verification import TOLERANCE, Comparison
+from em_megatron.model.sizes import memory_floats_per_sequence, memory_layers, num_parameters, shape_of
+from em_megatron.training.restore import reader_of
+
+_HEADER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [elastic-memory, long-context, recurrent-memory, em-megatron]
+---
+
+"""
+
+_USE = """## Use
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0], skip_special_tokens=True))
+
+# Read a long document once, in constant memory, and go on from there as often as you like.
+memory = model.read(tokenizer(open("document.txt").read(), return_tensors="pt").input_ids)
+question = tokenizer("What", return_tensors="pt", add_special_tokens=False).input_ids
+print(tokenizer.decode(model.generate_from(memory, question, max_new_tokens=20)[0]))
+memory.save("document.safetensors", model)  # ElasticMemoryCache.load(path, model) brings it back
+
+# The memory has no weights: its reader may be exchanged, and its order cut.
+model.set_memory(order={order}, slots={slots}, sampler="uniform")
+```
+
+The code in this folder needs torch and transformers (5 or newer). Pad batches on the left; rows of different length are
+computed apart. Assisted generation and static caches are refused: what was read cannot be taken back.
+"""
+
+
+def model_card(source: Source, compared: Comparison) -> str:
+    """Markdown; every figure in it was measured on this checkpoint."""
+    model, memory, shape = source.config.model, source.config.memory, shape_of(source.config.model)
+    parameters = num_parameters(model, source.rows[0].shape[0])
+    layers = len(memory_layers(memory, shape.num_layers))
+    facts = [
+        ("parameters", f"{parameters:,}"),
+        ("layers", f"{shape.num_layers} ({layers} with memory)"),
+        ("hidden size, heads, key/value heads, head dimension",
+         f"{shape.hidden_size}, {shape.num_attention_heads}, {shape.num_query_groups}, {shape.kv_channels}"),
+        ("block length", f"{memory.block_length} tokens"),
+        ("memory", reader_of(memory)),
+        ("memory floats per sequence", f"{memory_floats_per_sequence(model, memory):,}, whatever its length"),
+        ("vocabulary", f"{source.vocabulary.size:,} (rows of the embedding: {source.rows[0].shape[0]:,})"),
+        ("weights", str(source.dtype).removeprefix("torch.")),
+    ]  # fmt: skip
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    return (
+        f"{_HEADER}# {source.config.name}\n\n"
+        "A language model with Elastic Memory: each block of tokens attends to itself and to a fixed number of moments "
+        "read back from a HiPPO-LegS\nsummary of everything before it, so that memory does not grow with the context. "
+        "Trained with em-megatron, a reimplementation of arXiv 2602.11212\nfrom its public description, not the "
+        "authors' code.\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
+        f"{_USE.format(order=max(1, memory.order // 2), slots=memory.slots)}\n"
+        f"## Measured\n\n{_measured(source, compared)}\n\n"
+        f"## Training\n\nStep {source.step:,} of {source.config.training.train_steps:,}.{_last_loss(source)} The recipe:\n\n"
+        f"```yaml\n{config_text(source.config)}```\n"
+    )
+
+
+def _measured(source: Source, compared: Comparison) -> str:
+    lines = [
+        f"- This folder against the Megatron model, fp32, {compared.tokens:,} tokens of text: largest difference of a "
+        f"logit {compared.logits:.2g}, of memory states {compared.states:.2g} ({TOLERANCE:g} is allowed); the "
+        f"tokenizers gave the same ids. torch {torch.__version__}."
+    ]
+    found = _evaluation(source)
+    if found is None:
+        return "\n".join([*lines, "- Held-out text: not measured at this step."])
+    lines.append(
+        f"- Held-out text, {found['tokens']:,} tokens, {found['bytes']:,} bytes: {found['loss']:.4f} nats per token, "
+        f"perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.4f} bits per byte."
+    )
+    return "\n".join(lines)
+
+
+def _evaluation(source: Source) -> dict[str, Any] | None:
+    """The run's last evaluation, if it is of this step and this memory."""
+    try:
+        found: dict[str, Any] = json.loads((source.run_dir / "evaluation" / "evaluation.json").read_text())
+    except (OSError, ValueError):
+        return None
+    same = found.get("step") == source.step and found.get("memory") == dataclasses.asdict(source.config.memory)
+    return found if same else None
+
+
+def _last_loss(source: Source) -> str:
+    """The training loss of that step, if the run's metrics are there."""
+    try:
+        lines = (source.run_dir / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if row.get("step") == source.step and "loss" in row]
+    except (OSError, ValueError):
+        return ""
+    return f" Its training loss was {rows[-1]['loss']:.4f} nats per token." if rows else ""

@@ -1,0 +1,358 @@
+"""Elastic Memory for `transformers`: a Transformer that reads texts of any length in constant memory.
+
+This file and the three it imports travel with the weights; they need torch and transformers alone. After arXiv
+2602.11212, written anew from its public description.
+
+Legend: g rows of the batch that stand at the same place, h key/value heads, r query heads per key/value head, n tokens
+at hand, d head dimension, L block length, S moments read from the memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from .cache_elastic_memory import ElasticMemoryCache, LayerMemory, RowGroup
+from .configuration_elastic_memory import ElasticMemoryConfig
+from .hippo_elastic_memory import MemoryReader, memory_reader, on_host
+
+# `past_key_values` is called `cache` since transformers 5.24.
+CACHE = "cache" if "cache" in {x.name for x in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+QUERIES_AT_ONCE = 512  # bounds the scores held in memory
+
+
+@lru_cache(maxsize=8)
+@on_host
+def rotary_tables(length: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """cos and sin of position · base^(−2i/d), each [length, d/2]."""
+    frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+
+
+class ElasticMemoryAttention(nn.Module):
+    """softmax([Q Kmemᵀ | RoPE(Q) RoPE(K)ᵀ + causal] / √d) [Vmem ; V]: one softmax, no parameter for the memory."""
+
+    def __init__(self, config: ElasticMemoryConfig) -> None:
+        super().__init__()
+        self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key, bias=False)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(config.head_dim, eps=config.rms_norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor, memory: LayerMemory, reader: MemoryReader, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [g, n, hidden], n tokens within one block, cos and sin [n, d/2] of their places in it; moves `memory` on."""
+        query = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        key = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        value = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        slots = memory.memory(reader)
+        rotated, _, values = memory.take((rotate(key, cos, sin), key, value))
+        pair = torch.stack([rotate(query, cos, sin), query]).unflatten(2, (self.kv_heads, -1))  # [2, g, h, r, n, d]
+        past = rotated.shape[2] - x.shape[1]
+        out = [
+            self._attend(part, rotated, values, slots, past + QUERIES_AT_ONCE * i)
+            for i, part in enumerate(pair.split(QUERIES_AT_ONCE, -2))
+        ]
+        if memory.filled == 0:
+            memory.close(reader)
+        return self.o_proj(torch.cat(out, -2).flatten(1, 2).transpose(1, 2).flatten(2))
+
+    def _attend(self, pair: Tensor, keys: Tensor, values: Tensor, slots: Tensor | None, past: int) -> Tensor:
+        """Queries rotated and plain [2, g, h, r, m, d], the first at position `past`: [g, h, r, m, d]."""
+        last = past + pair.shape[-2]
+        keys, values = keys[:, :, None, :last], values[:, :, None, :last]
+        scores = pair[0] @ keys.transpose(-1, -2)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(past + 1)
+        scores = scores.masked_fill(future, float("-inf"))
+        if slots is not None:
+            slot_keys, slot_values = slots.to(keys.dtype)[:, :, None].chunk(2, -1)
+            scores = torch.cat([pair[1] @ slot_keys.transpose(-1, -2), scores], -1)
+            values = torch.cat([slot_values, values], -2)
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        return torch.softmax(scores * self.head_dim**-0.5, -1, dtype=exact).to(values.dtype) @ values
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x_i, x_{i+d/2}) of x [..., n, d] by angles [n, d/2]."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class ElasticMemoryMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ElasticMemoryConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ElasticMemoryDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each pre-normed."""
+
+    def __init__(self, config: ElasticMemoryConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = ElasticMemoryAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = ElasticMemoryMLP(config)
+
+    def forward(
+        self, x: Tensor, memory: LayerMemory, reader: MemoryReader, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, LayerMemory]:
+        memory = copy.copy(memory)
+        x = x + self.self_attn(self.input_layernorm(x), memory, reader, cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x)), memory
+
+
+class ElasticMemoryPreTrainedModel(PreTrainedModel):
+    config_class = ElasticMemoryConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("ElasticMemoryDecoderLayer",)
+    _skip_keys_device_placement = ("cache", "past_key_values")
+    _is_stateful = True  # what was read cannot be taken back: no assisted generation
+
+
+class ElasticMemoryModel(ElasticMemoryPreTrainedModel):
+    """Embedding, layers, final norm. A text of any length goes through all layers block by block."""
+
+    def __init__(self, config: ElasticMemoryConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([ElasticMemoryDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def reader(self) -> MemoryReader:
+        """The memory's reader as the configuration says now."""
+        c = self.config
+        sampler = (c.memory_slots, c.memory_sampler_a, c.memory_sampler_lo, c.memory_sampler_hi, tuple(c.memory_points))
+        return memory_reader(c.memory_order, c.memory_discretization, c.memory_sampler, *sampler)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: ElasticMemoryCache | None = None,
+        past_key_values: ElasticMemoryCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [b, n, hidden]; at padded places they are 0.
+
+        Args:
+            input_ids, inputs_embeds: [b, n] or [b, n, hidden], one of them: what is new.
+            attention_mask: [b, ≥ n], 0 for padding, its last n columns counting; places count real tokens only.
+            cache, past_key_values: two names of one argument; what was read before, moved on in place.
+            use_cache: return the cache; by default where no gradient is computed.
+        """
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            raise ValueError(
+                "attention weights and hidden states of inner layers are not kept: leave those options out"
+            )
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        given = past_key_values if cache is None else cache
+        cache = ElasticMemoryCache(self.config) if given is None else given
+        real = _real_tokens(attention_mask, *x.shape[:2])
+        counts = [x.shape[1]] * len(x) if real is None else real.sum(1).tolist()
+        groups = cache.split(counts)
+        if real is None and len(groups) == 1:
+            out = self._read(x, groups[0][0])
+        else:
+            out = torch.zeros_like(x)
+            for group, count in groups:
+                at = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+                at[group.rows] = True if real is None else real[group.rows]
+                if count:
+                    out[at] = self._read(x[at].view(-1, count, x.shape[2]), group).flatten(0, 1)
+        cache.columns += x.shape[1]
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+        return BaseModelOutputWithPast(
+            last_hidden_state=out, **{CACHE: cache if use_cache or given is not None else None}
+        )
+
+    def _read(self, x: Tensor, group: RowGroup) -> Tensor:
+        """x [g, n, hidden], new to the rows of `group` → the same, normed."""
+        c, reader, pieces, start = self.config, self.reader(), [], 0
+        tables = rotary_tables(c.block_length, c.head_dim, c.rope_theta, x.dtype, x.device)
+        while start < x.shape[1]:
+            filled = group.layers[0].filled
+            stop = min(x.shape[1], start + c.block_length - filled)
+            cos, sin = (table[filled : filled + stop - start] for table in tables)
+            piece = x[:, start:stop]
+            for i, layer in enumerate(self.layers):
+                piece, group.layers[i] = layer(piece, group.layers[i], reader, cos, sin)
+            pieces.append(piece)
+            start = stop
+        return self.norm(torch.cat(pieces, 1))
+
+
+def _real_tokens(attention_mask: Tensor | None, rows: int, new: int) -> Tensor | None:
+    """[rows, new] bool; None where all are real."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or len(attention_mask) != rows or attention_mask.shape[1] < new:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}: give one of [{rows}, at least {new}] that marks padding"
+        )
+    real = attention_mask[:, attention_mask.shape[1] - new :].bool()
+    return None if bool(real.all()) else real
+
+
+class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ElasticMemoryConfig) -> None:
+        super().__init__(config)
+        self.model = ElasticMemoryModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: ElasticMemoryCache | None = None,
+        past_key_values: ElasticMemoryCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits [b, n or logits_to_keep, vocab_size], and the mean loss where there are labels [b, n] (−100: none)."""
+        found = self.model(
+            input_ids, attention_mask, cache, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(found.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=items)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: found.get(CACHE)})
+        return out.to_tuple() if return_dict is False else out
+
+    def set_memory(
+        self,
+        *,
+        order: int | None = None,
+        slots: int | None = None,
+        sampler: str | None = None,
+        sampler_a: float | None = None,
+        sampler_lo: float | None = None,
+        sampler_hi: float | None = None,
+        points: Sequence[float] | None = None,
+    ) -> ElasticMemoryForCausalLM:
+        """Exchanges the memory's reader; it has no weights. Caches read before follow, down to a smaller order.
+
+        Args:
+            order: coefficients kept per head and channel.
+            slots: moments read back.
+            sampler: uniform, exponential, window, points; with its own sampler_a, or sampler_lo and sampler_hi.
+            points: the moments themselves, ascending in (0, 1); implies their sampler and slots.
+
+        Raises:
+            ValueError: values that cannot be; the memory is then as before.
+        """
+        if points is not None:
+            sampler, slots = "points", len(points)
+        changed = copy.deepcopy(self.config)
+        given: dict[str, Any] = {
+            "memory_order": order,
+            "memory_slots": slots,
+            "memory_sampler": sampler,
+            "memory_sampler_a": sampler_a,
+            "memory_sampler_lo": sampler_lo,
+            "memory_sampler_hi": sampler_hi,
+            "memory_points": None if points is None else list(points),
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        for config in (changed, self.config):
+            for name, value in given.items():
+                setattr(config, name, value)
+            config.check()
+        return self
+
+    @torch.no_grad()
+    def read(
+        self,
+        input_ids: Tensor | Iterable[Tensor],
+        cache: ElasticMemoryCache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> ElasticMemoryCache:
+        """Reads a text, [b, n] ids or a stream of such pieces, in constant memory.
+
+        Returns:
+            The cache, folded: `generate_from(cache, question_ids)` goes on from here, as often as you like.
+        """
+        cache = ElasticMemoryCache(self.config) if cache is None else cache
+        for ids in [input_ids] if isinstance(input_ids, Tensor) else input_ids:
+            masks = [None] if attention_mask is None else attention_mask.split(self.config.block_length, 1)
+            for i, part in enumerate(ids.split(self.config.block_length, 1)):
+                self.model(part.to(self.device), masks[min(i, len(masks) - 1)], cache)
+        return cache.fold()
+
+    def generate_from(self, cache: ElasticMemoryCache, input_ids: Tensor, **kwargs: Any) -> Any:
+        """`generate` after what `cache` has read, which stays as it was; `input_ids` [b, n] is only what is new."""
+        return super().generate(input_ids, **{CACHE: cache.copy().fold()}, **kwargs)
+
+    def fingerprint(self) -> str:
+        """Of what decides a memory's content: shape, blocks, and a part of the weights."""
+        c, digest = self.config, hashlib.sha256()
+        shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, c.block_length, c.rope_theta, c.memory_layers)
+        digest.update(repr((*shape, c.memory_discretization)).encode())
+        for layer in range(c.num_hidden_layers):
+            for name in ("input_layernorm", "self_attn.v_proj", "mlp.up_proj"):
+                weight = self.get_parameter(f"model.layers.{layer}.{name}.weight")
+                digest.update(weight[-1].detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        mask, given = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError("a prompt is padded on the right: set tokenizer.padding_side = 'left'")
+        if given is not None and not hasattr(given, "groups"):
+            raise ValueError(f"{type(given).__name__} cannot hold a memory: give an ElasticMemoryCache, or none")
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation '{generation_config.cache_implementation}' cannot hold a memory: leave it out"
+            )
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = ElasticMemoryCache(self.config)
+        elif given is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+ElasticMemoryConfig.register_for_auto_class()
+ElasticMemoryModel.register_for_auto_class("AutoModel")
+ElasticMemoryForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,171 @@
+"""Whether a Hugging Face folder computes what the Megatron model computes: logits, memory state, token ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from em_megatron.config import RunConfig
+from em_megatron.data.manifest import DataError
+from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.hf.export import Source
+from em_megatron.hf.fast_tokenizer import ODD_STRINGS, check_same_ids
+from em_megatron.hf.weight_mapping import ConversionError
+
+TOLERANCE = 1e-4  # of logits and states in fp32, absolute up to a size of 1 (states), relative beyond
+BLOCKS = 3  # whole blocks that are read, and half of another
+
+
+@dataclass(frozen=True)
+class Computed:
+    """logits [T, vocab]; states: layer → [N, h, 2d], the memory after the last whole block."""
+
+    logits: Tensor
+    states: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest differences over `tokens` tokens, of logits, and of states as a share of the larger of 1 and their size."""
+
+    tokens: int
+    logits: float
+    states: float
+
+    def check(self) -> None:
+        """Raises ConversionError where Hugging Face computes something else."""
+        if not max(self.logits, self.states) <= TOLERANCE:  # not a number fails too
+            raise ConversionError(
+                f"the exported folder computes something else: over {self.tokens} tokens logits differ by up to "
+                f"{self.logits:.3g} and memory states by {self.states:.3g} ({TOLERANCE:g} is allowed)"
+            )
+
+
+def verify(source: Source, folder: Path, overrides: Sequence[str], text: str) -> Comparison:
+    """Loads `folder` as a user would, and compares it with the checkpoint in fp32 on the CPU.
+
+    Raises:
+        ConversionError, DataError: they differ.
+    """
+    ids = _ids(source.vocabulary, text, source.config.memory.block_length)
+    check_tokenizer(source.vocabulary, folder, text)
+    found = compare(megatron(source, overrides, ids), hugging_face(folder, ids))
+    found.check()
+    return found
+
+
+def _ids(vocabulary: Vocabulary, text: str, block_length: int) -> Tensor:
+    """bos and the first tokens of the text, [1, T] over more than BLOCKS blocks."""
+    wanted = BLOCKS * block_length + max(1, block_length // 2)
+    ids = vocabulary.encode(text[: 16 * wanted])  # more than enough characters, as a rule
+    while len(ids) < wanted - 1:
+        if len(ids) == 0:
+            raise ConversionError("the text to compare with is empty: give another --text")
+        ids += ids
+    return torch.tensor([[vocabulary.bos_id, *ids][:wanted]])
+
+
+def check_tokenizer(vocabulary: Vocabulary, folder: Path, text: str) -> None:
+    """Raises DataError where the folder's tokenizer gives other ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    if len(tokenizer) != vocabulary.size:
+        raise DataError(f"the exported tokenizer has {len(tokenizer)} ids instead of {vocabulary.size}")
+    check_same_ids(vocabulary, tokenizer, [*ODD_STRINGS, text[: 1 << 20]])
+
+
+@torch.no_grad()
+def megatron(source: Source, overrides: Sequence[str], ids: Tensor) -> Computed:
+    """ids [1, T] through the Megatron model in a world of one: logits as in training, states as in generation."""
+    from em_megatron.model.language_model import memory_cache
+    from em_megatron.ops.block_layout import BlockLayout
+    from em_megatron.parallel.process_groups import shutdown
+    from em_megatron.training.restore import restore
+
+    run = restore(source.checkpoint, [*overrides, "training.precision=fp32"], world_size=1)
+    try:
+        model, length = run.model[0], run.config.memory.block_length
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(source.dtype))
+        tokens = torch.zeros(1, math.ceil(ids.shape[1] / length) * length, dtype=torch.int64)
+        tokens[:, : ids.shape[1]] = ids
+        segments = torch.zeros_like(tokens)
+        segments[:, : ids.shape[1]] = 1
+        layout = BlockLayout.from_segment_ids(segments, length, ids.device)
+        logits = model(tokens, None, None, packed_seq_params=layout, runtime_gather_output=True)[0, : ids.shape[1]]
+        cache = memory_cache(model, batch_size=1)
+        for part in ids.split(length, 1):
+            model(part, None, None, inference_context=cache, runtime_gather_output=True)
+        states = {(n - 1) // 2: x.state[:, 0] for n, x in cache.layers.items() if x.state is not None}
+    finally:
+        shutdown()
+    return Computed(logits, states)
+
+
+@torch.no_grad()
+def hugging_face(folder: Path, ids: Tensor) -> Computed:
+    """ids [1, T] through the folder's own code."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32
+    ).eval()
+    from em_megatron.hf.modeling_elastic_memory import CACHE
+
+    out = model(ids, use_cache=True)
+    layers = out[CACHE].groups[0].layers
+    states = {i: layer.state[0].transpose(0, 1) for i, layer in enumerate(layers) if layer.state is not None}
+    return Computed(out.logits[0], states)
+
+
+def compare(here: Computed, there: Computed) -> Comparison:
+    """Largest differences; a memory that only one of them has is an error."""
+    if here.states.keys() != there.states.keys():
+        raise ConversionError(
+            f"layers {sorted(here.states)} have a memory in Megatron, {sorted(there.states)} in the export"
+        )
+    states = [
+        float((state - there.states[layer]).abs().max() / state.abs().max().clamp(min=1))
+        for layer, state in here.states.items()
+    ]
+    logits = float((here.logits - there.logits).abs().max())
+    return Comparison(len(here.logits), logits, max(states, default=0.0))
+
+
+def sample_text(config: RunConfig, vocabulary: Vocabulary, file: Path | None) -> str:
+    """Real text to compare on: the given file, else held-out documents of the run, else this package's own source."""
+    if file is not None:
+        if not file.is_file():
+            raise ConversionError(f"there is no text file {file}")
+        return file.read_text(encoding="utf-8")
+    return _held_out_text(config, vocabulary) or _own_source()
+
+
+def _held_out_text(config: RunConfig, vocabulary: Vocabulary) -> str:
+    from em_megatron.data.manifest import Manifest
+    from em_megatron.data.shards import ShardReader
+
+    folder, wanted = Path(config.data.path).expanduser(), (BLOCKS + 1) * config.memory.block_length
+    try:
+        manifest = Manifest.load(folder)
+        manifest.check_tokenizer(vocabulary)
+        reader = ShardReader(folder, "validation" if manifest.splits.get("validation") else "train")
+    except DataError:  # the corpus has moved, or is not on this machine
+        return ""
+    ids: list[int] = []
+    for document in range(len(reader)):
+        ids += reader.tokens(document).tolist()
+        if len(ids) >= wanted:
+            break
+    return vocabulary.decode(ids)
+
+
+def _own_source() -> str:
+    package = Path(__file__).parent.parent
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py")))
