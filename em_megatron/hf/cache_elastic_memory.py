@@ -223,14 +223,17 @@ class ElasticMemoryCache(Cache):
         self.columns, self.groups = 0, []
 
     def split(self, new_tokens: Sequence[int]) -> list[tuple[RowGroup, int]]:
-        """Groups whose rows take equally many tokens now, row i taking new_tokens[i], each with that number."""
+        """Groups whose rows take equally many tokens now, row i taking new_tokens[i], each with that number.
+
+        A batch that is a multiple of what is held repeats each row.
+        """
         if not self.groups:
             self.groups = [self.new_group(list(range(len(new_tokens))))]
-        if sum(len(group.rows) for group in self.groups) != len(new_tokens):
-            raise ValueError(
-                f"this cache holds {sum(len(group.rows) for group in self.groups)} rows and the batch has "
-                f"{len(new_tokens)}: use batch_repeat_interleave, or read the text in that batch size"
-            )
+        rows = sum(len(group.rows) for group in self.groups)
+        if len(new_tokens) % rows:
+            raise ValueError(f"this cache holds {rows} rows, which does not fit a batch of {len(new_tokens)}")
+        if len(new_tokens) > rows:  # beams, or many questions on one text
+            self.batch_repeat_interleave(len(new_tokens) // rows)
         groups = []
         for group in self.groups:
             counts = sorted({new_tokens[row] for row in group.rows})

@@ -123,6 +123,7 @@ def export(
 
 def write_weights(source: Source, folder: Path, max_shard_bytes: int, say: Callable[[str], None]) -> None:
     """model.safetensors, or numbered files and their index."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards = list(_shards(source, max_shard_bytes))
@@ -132,7 +133,10 @@ def write_weights(source: Source, folder: Path, max_shard_bytes: int, say: Calla
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         say(f"writing {name}")
         tensors = _converted(source, rows)
-        save_file(tensors, folder / name, {"format": "pt"})
+        try:
+            save_file(tensors, folder / name, {"format": "pt"})
+        except SafetensorError as error:
+            raise ConversionError(f"{folder / name} cannot be written ({error}): make room, and call again") from None
         (folder / name).chmod(0o644)  # safetensors gives its files to their owner alone
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())

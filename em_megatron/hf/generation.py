@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import queue
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from em_megatron.config import ConfigError
-from em_megatron.evaluation.generation import Sampling
+from em_megatron.data.manifest import TOKENIZER_NAME
+from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.evaluation.generation import Sampling, stream_text
 
 READER_KEYS = {
     "order": int,
@@ -53,6 +56,21 @@ def reader_changes(overrides: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
+class _Streamer:
+    """Takes what `generate` puts: first the prompt, then id after id."""
+
+    def __init__(self, ids: queue.Queue[Any]) -> None:
+        self.ids, self.prompt_is_past = ids, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_is_past:
+            self.ids.put(int(value))
+        self.prompt_is_past = True
+
+    def end(self) -> None:
+        """Nothing: what follows `generate` says so."""
+
+
 class TransformersText:
     """A model that was exported, its tokenizer, and its memory; see `evaluation.generation.TextModel`.
 
@@ -66,20 +84,24 @@ class TransformersText:
     """
 
     def __init__(self, folder: Path, overrides: Sequence[str] = (), memory_file: Path | None = None) -> None:
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
+        from transformers.utils import logging
 
         from em_megatron.hf.cache_elastic_memory import ElasticMemoryCache
-        from em_megatron.hf.modeling_elastic_memory import ElasticMemoryForCausalLM
+        from em_megatron.hf.modeling_elastic_memory import CACHE, ElasticMemoryForCausalLM
 
+        logging.disable_progress_bar()
+        self.cache_name = CACHE
         changes = reader_changes(overrides)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             model = ElasticMemoryForCausalLM.from_pretrained(folder, local_files_only=True).eval()
             self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").set_memory(**changes)
             new = ElasticMemoryCache(model.config)
             self.cache = new if memory_file is None else ElasticMemoryCache.load(memory_file, self.model)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{folder} cannot be used: {error}") from None
+        self.vocabulary = Vocabulary(folder / TOKENIZER_NAME)
         # generate() needs one token at least, so the last one always waits outside the memory.
         self.waiting = [] if memory_file is not None else [self.tokenizer.bos_token_id]
 
@@ -90,42 +112,36 @@ class TransformersText:
             self.model.read(torch.tensor([ids[:-1]]), self.cache)
 
     def write(self, max_new_tokens: int, sampling: Sampling) -> Iterator[str]:
-        from transformers import TextIteratorStreamer
-
         if not self.waiting:
             raise ConfigError("a saved memory is asked with a text: give --prompt or --prompt-file")
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": streamer}
+        return stream_text(self.write_ids(max_new_tokens, sampling), self.vocabulary)
+
+    def write_ids(self, max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """New ids one by one, by `generate` in a thread of its own."""
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sampling.temperature > 0}
         if sampling.temperature:
-            options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-            options |= {"top_k": sampling.top_k}
-        else:
-            options |= {"do_sample": False}
-        failed: list[BaseException] = []
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        ids: queue.Queue[int | BaseException | None] = queue.Queue()
 
         def generate() -> None:
             try:
                 torch.manual_seed(sampling.seed)
-                ids = torch.tensor([self.waiting], device=self.model.device)
-                self.waiting = self.model.generate(ids, **{self._cache_name: self.cache.fold()}, **options)[
-                    0, -1:
-                ].tolist()
+                prompt = torch.tensor([self.waiting], device=self.model.device)
+                memory = {self.cache_name: self.cache.fold()}
+                found = self.model.generate(prompt, streamer=_Streamer(ids), **memory, **options)
+                self.waiting = found[0, -1:].tolist()
             except BaseException as error:
-                failed.append(error)
-                streamer.end()
+                ids.put(error)
+            ids.put(None)
 
         worker = threading.Thread(target=generate)
         worker.start()
-        yield from streamer
+        while (token := ids.get()) is not None:
+            if isinstance(token, BaseException):
+                raise token
+            if token != self.vocabulary.eos_id:
+                yield token
         worker.join()
-        if failed:
-            raise failed[0]
-
-    @property
-    def _cache_name(self) -> str:
-        from em_megatron.hf.modeling_elastic_memory import CACHE
-
-        return CACHE
 
     def copy(self) -> TransformersText:
         other = copy.copy(self)

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
-def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Its tensors are made on the CPU, without autograd, and fit for training whatever the mode of the caller."""
+
+def made_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Its tensors are made without autograd, and fit for training whatever the mode of the caller."""
 
     @functools.wraps(function)
     def wrapped(*args: Any) -> Any:
-        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return function(*args)
 
     return wrapped
@@ -31,7 +33,7 @@ def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def legendre(order: int, x: Tensor) -> Tensor:
     """P_0 … P_{order−1} at x in [−1, 1]: [order, len(x)]."""
-    out = torch.ones(order, len(x), dtype=torch.float64)
+    out = torch.ones(order, len(x), **HOST)
     for n in range(1, order):
         torch.mul(x, out[n - 1], out=out[n]).mul_((2 * n - 1) / n)
         if n > 1:
@@ -41,28 +43,33 @@ def legendre(order: int, x: Tensor) -> Tensor:
 
 def basis(order: int, u: Tensor) -> Tensor:
     """φ_0 … φ_{order−1} at u in [0, 1]: [order, len(u)]."""
-    return legendre(order, 2 * u - 1) * torch.sqrt(2 * torch.arange(order, dtype=torch.float64) + 1)[:, None]
+    return legendre(order, 2 * u - 1) * torch.sqrt(2 * torch.arange(order, **HOST) + 1)[:, None]
 
 
 def inject(order: int, start: int, stop: int) -> Tensor:
     """What tokens start … stop − 1 add to the state at time stop, the integrals of φ over each: [order, stop − start]."""
-    values = legendre(order + 1, 2 * torch.arange(start, stop + 1, dtype=torch.float64) / stop - 1)
+    values = legendre(order + 1, 2 * torch.arange(start, stop + 1, **HOST) / stop - 1)
     areas = values[2:] - values[:-2] if order > 1 else values[:0]  # (2n+1) times the antiderivative of P_n, n ≥ 1
-    scale = 2 * torch.sqrt(2 * torch.arange(1, order, dtype=torch.float64) + 1)
-    first = torch.full((1, stop - start), 1 / stop, dtype=torch.float64)
+    scale = 2 * torch.sqrt(2 * torch.arange(1, order, **HOST) + 1)
+    first = torch.full((1, stop - start), 1 / stop, **HOST)
     return torch.cat([first, areas.diff(dim=1) / scale[:, None]])
 
 
-def carry(order: int, before: int, after: int) -> Tensor:
-    """Moves a state from time `before` > 0 to `after`, nothing new arriving: [order, order], lower triangular."""
+def carry(order: int, before: int, after: int, device: torch.device | None = None) -> Tensor:
+    """Moves a state from time `before` > 0 to `after`, nothing new arriving: [order, order], lower triangular.
+
+    Its order³ multiply-adds are done on `device` where that computes in fp64.
+    """
     (nodes, weights), r = gauss_rule(order), before / after
-    return ((r * basis(order, r * nodes) * weights) @ basis(order, nodes).T).tril_()
+    where = device if device is not None and device.type == "cuda" else torch.device("cpu")
+    left, right = r * basis(order, r * nodes) * weights, basis(order, nodes)
+    return (left.to(where) @ right.to(where).T).tril_()
 
 
 @lru_cache(maxsize=4)
 def gauss_rule(order: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of the Gauss–Legendre rule on [0, 1], by Newton's method."""
-    x = torch.cos(math.pi * (torch.arange(order, dtype=torch.float64) + 0.75) / (order + 0.5))
+    x = torch.cos(math.pi * (torch.arange(order, **HOST) + 0.75) / (order + 0.5))
     for _ in range(6):
         last, value = torch.zeros_like(x), torch.ones_like(x)
         for n in range(order):
@@ -75,7 +82,7 @@ def gauss_rule(order: int) -> tuple[Tensor, Tensor]:
 def recur(state: Tensor, block: Tensor, before: int, scheme: str) -> Tensor:
     """The state [..., N, c] after the tokens [..., n, c], one by one, by one of HiPPO's other discretizations."""
     order = state.shape[-2]
-    n = torch.arange(order, dtype=torch.float64)
+    n = torch.arange(order, **HOST)
     root = torch.sqrt(2 * n + 1)
     a = (torch.outer(root, root).tril(-1) + torch.diag(n + 1)).to(state.device)
     eye, state = torch.eye(order, dtype=torch.float64, device=state.device), state.double()
@@ -97,8 +104,8 @@ def recur(state: Tensor, block: Tensor, before: int, scheme: str) -> Tensor:
 def sampler_points(name: str, slots: int, a: float, lo: float, hi: float, points: tuple[float, ...]) -> Tensor:
     """The moments that are read back, ascending in (0, 1): [S] in fp64."""
     if name == "points":
-        return torch.tensor(points, dtype=torch.float64)
-    even = (torch.arange(slots, dtype=torch.float64) + 0.5) / slots
+        return torch.tensor(points, **HOST)
+    even = (torch.arange(slots, **HOST) + 0.5) / slots
     if name == "exponential":
         return 1 - torch.exp(-a * even) * torch.expm1(-a * (1 - even)) / math.expm1(-a)
     return lo + (hi - lo) * even if name == "window" else even
@@ -109,11 +116,11 @@ class MemoryReader:
 
     def __init__(self, order: int, points: Tensor, discretization: str) -> None:
         self.order, self.points, self.discretization = order, points, discretization
-        self.step = lru_cache(maxsize=8)(on_host(self._step))
-        self.moments = lru_cache(maxsize=8)(on_host(self._moments))
+        self.step = lru_cache(maxsize=8)(made_once(self._step))
+        self.moments = lru_cache(maxsize=8)(made_once(self._moments))
 
     def _step(self, before: int, after: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        moved = carry(self.order, before, after).to(device, dtype) if before else None
+        moved = carry(self.order, before, after, device).to(device, dtype) if before else None
         return moved, inject(self.order, before, after).to(device, dtype)
 
     def _moments(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -134,7 +141,7 @@ class MemoryReader:
 
 
 @lru_cache(maxsize=8)
-@on_host
+@made_once
 def memory_reader(order: int, discretization: str, *sampler: Any) -> MemoryReader:
     """The one reader of these settings in this process."""
     return MemoryReader(order, sampler_points(*sampler), discretization)

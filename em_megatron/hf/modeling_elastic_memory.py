@@ -26,7 +26,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .cache_elastic_memory import ElasticMemoryCache, LayerMemory, RowGroup
 from .configuration_elastic_memory import ElasticMemoryConfig
-from .hippo_elastic_memory import MemoryReader, memory_reader, on_host
+from .hippo_elastic_memory import HOST, MemoryReader, made_once, memory_reader
 
 # `past_key_values` is called `cache` since transformers 5.24.
 CACHE = "cache" if "cache" in {x.name for x in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -34,11 +34,11 @@ QUERIES_AT_ONCE = 512  # bounds the scores held in memory
 
 
 @lru_cache(maxsize=8)
-@on_host
+@made_once
 def rotary_tables(length: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """cos and sin of position · base^(−2i/d), each [length, d/2]."""
-    frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    frequency = base ** (-torch.arange(0, dim, 2, **HOST) / dim)
+    angle = torch.arange(length, **HOST)[:, None] * frequency
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 

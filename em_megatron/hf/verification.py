@@ -112,7 +112,9 @@ def megatron(source: Source, overrides: Sequence[str], ids: Tensor) -> Computed:
 def hugging_face(folder: Path, ids: Tensor) -> Computed:
     """ids [1, T] through the folder's own code."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32
     ).eval()

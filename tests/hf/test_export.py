@@ -1,0 +1,183 @@
+"""Checkpoints of every layout become one and the same Hugging Face folder, compared with Megatron, or nothing."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from em_megatron.evaluation.generation import MegatronText, Sampling
+from em_megatron.hf import export, weight_mapping
+from em_megatron.hf.generation import TransformersText
+from em_megatron.parallel.process_groups import shutdown
+from em_megatron.training.restore import restore
+from launch import export_hf
+from tests.hf.made_runs import VARIANTS, config_of, made_run, write_from_layout
+
+LAYOUTS = {
+    "tensor": ["parallel.tensor_model_parallel_size=2"],
+    "pipeline": ["parallel.pipeline_model_parallel_size=2"],
+    "interleaved": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+    "context": ["parallel.context_parallel_size=2", "data.sequence_length=160"],
+    "data": [],
+}
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_export_computes_what_megatron_computes(variant, tokenizer, tmp_path, capsys):
+    run = made_run(tmp_path / "run", tokenizer, *VARIANTS[variant])
+    assert export_hf.main([str(run), str(tmp_path / "out")]) == 0  # compares within 1e-4, over more than three blocks
+    assert "56 tokens: logits differ by at most" in capsys.readouterr().out
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= files_of(tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
+    dtype = torch.bfloat16 if variant == "bf16" else torch.float32
+    assert {weight.dtype for weight in load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_exports_the_same_bytes(layout, ranks, tokenizer, exported, tmp_path):
+    ranks(2).run(write_from_layout, tmp_path / "run", tokenizer, LAYOUTS[layout])
+    source = export.open_checkpoint(tmp_path / "run", [])
+    export.write_weights(source, tmp_path, 10**9, lambda _: None)
+    assert (tmp_path / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+def test_files_by_size_and_their_index(run_folder, exported, tmp_path):
+    assert export_hf.main([str(run_folder), str(tmp_path / "out"), "--max-shard-size", "40K"]) == 0
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    whole = load_file(exported / "model.safetensors")
+    assert set(index["weight_map"]) == set(whole)
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in whole.values())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    for file in files:
+        for name, weight in load_file(file).items():
+            assert index["weight_map"][name] == file.name
+            assert torch.equal(weight, whole[name])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weights_in_another_dtype(dtype, run_folder, exported, tmp_path):
+    assert export_hf.main([str(run_folder), str(tmp_path / "out"), "--dtype", dtype]) == 0
+    for name, weight in load_file(tmp_path / "out/model.safetensors").items():
+        assert torch.equal(weight, load_file(exported / "model.safetensors")[name].to(weight.dtype))
+
+
+def test_another_reader_in_the_export(run_folder, tmp_path):
+    assert export_hf.main([str(run_folder), str(tmp_path / "out"), "memory.order=6", "memory.sampler=exponential"]) == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["memory_order"], config["memory_sampler"]) == (6, "exponential")
+    assert "order 6, 5 slots, exponential" in (tmp_path / "out/README.md").read_text()
+
+
+def test_greedy_text_is_megatrons(run_folder, exported):
+    greedy, prompt = Sampling(temperature=0), "abcdef ghi " * 3
+    run = restore(run_folder, [], 1)
+    theirs = TransformersText(exported)
+    here = MegatronText(run.model[0], run.vocabulary)
+    here.read(prompt)
+    expected = list(here.write_ids(200, greedy))
+    shutdown()
+    theirs.read(prompt)
+    ids = torch.tensor([theirs.waiting])
+    found = theirs.model.generate_from(theirs.cache, ids, max_new_tokens=200, do_sample=False)[0, 1:].tolist()
+    assert len(expected) > 100  # more than six block ends
+    assert found[: len(expected)] == expected
+    assert "".join(theirs.write(200, greedy)) == run.vocabulary.decode(expected)
+
+
+def test_the_card_says_what_was_measured(exported, run_folder):
+    card = (exported / "README.md").read_text()
+    for words in (
+        "| parameters | 71,968 |",
+        "reimplementation",
+        "trust_remote_code=True",
+        "largest difference of a logit",
+        "not measured",
+        "Step 7",
+    ):
+        assert words in card
+
+
+def refused(arguments: list[str], words: str, capsys, out: Path) -> None:
+    assert export_hf.main([*arguments[:1], str(out), *arguments[1:]]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+    assert not list(out.parent.glob(f".{out.name}*"))
+
+
+def test_weights_without_rows_and_rows_without_weights(tokenizer, tmp_path, capsys):
+    fewer, more = config_of("model.num_layers=3"), config_of("model.num_layers=5")
+    for name, saved_as, words in (("a", fewer, "have no row"), ("b", more, "are missing")):
+        run = made_run(tmp_path / name, tokenizer, saved_as=saved_as)
+        refused([str(run)], words, capsys, tmp_path / "out")
+    run = made_run(tmp_path / "c", tokenizer, saved_as=config_of("model.ffn_hidden_size=40"))
+    refused([str(run)], "instead of", capsys, tmp_path / "out")
+
+
+@pytest.mark.parametrize("mistake", ["gate and way up exchanged", "rotary base", "key and value exchanged"])
+def test_a_wrong_conversion_leaves_nothing(mistake, run_folder, tmp_path, capsys, monkeypatch):
+    convert, configure = weight_mapping.to_hugging_face, export.hugging_face_config
+
+    def wrong(row, weight, shape):
+        parts = convert(row, weight, shape)
+        if row.layout == {"gate and way up exchanged": "gated", "key and value exchanged": "qkv"}.get(mistake):
+            names = list(parts)
+            parts[names[-1]], parts[names[-2]] = parts[names[-2]], parts[names[-1]]
+        return parts
+
+    def wrong_base(*arguments):
+        config = configure(*arguments)
+        config.rope_theta = 9000.0
+        return config
+
+    monkeypatch.setattr(export, "to_hugging_face", wrong)
+    if mistake == "rotary base":
+        monkeypatch.setattr(export, "hugging_face_config", wrong_base)
+    refused([str(run_folder)], "computes something else", capsys, tmp_path / "out")
+
+
+def test_a_wrong_memory_leaves_nothing(run_folder, tmp_path, capsys, monkeypatch):
+    configure = export.hugging_face_config
+
+    def wrong(*arguments):
+        config = configure(*arguments)
+        config.memory_sampler = "exponential"
+        return config
+
+    monkeypatch.setattr(export, "hugging_face_config", wrong)
+    refused([str(run_folder)], "computes something else", capsys, tmp_path / "out")
+
+
+def test_refusals(run_folder, exported, tokenizer, tmp_path, capsys):
+    assert export_hf.main([str(run_folder), str(exported)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    refused([str(run_folder), "model.num_layers=2"], "no place in an export", capsys, tmp_path / "out")
+    refused([str(tmp_path / "nothing")], "no complete checkpoint", capsys, tmp_path / "out")
+    refused([str(run_folder), "--text", str(tmp_path / "none.txt")], "no text file", capsys, tmp_path / "out")
+    run = made_run(tmp_path / "run", tokenizer)
+    (run / "tokenizer.model").unlink()
+    refused([str(run)], "cannot read the tokenizer", capsys, tmp_path / "out")
+    next((run / "checkpoints/step_00000007").glob("*.distcp")).unlink()
+    refused([str(run / "checkpoints/step_00000007")], "is missing", capsys, tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing(run_folder, tmp_path, capsys):
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        refused([str(run_folder)], "", capsys, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
