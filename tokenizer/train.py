@@ -27,6 +27,7 @@ from tokenizer.corpus import (
     summarize,
     training_texts,
 )
+from tokenizer.scores import rounded_scores
 
 SENTENCE_CHARS = 1000  # at most 4000 UTF-8 bytes, below sentencepiece's limit of 4192 above which it drops a line
 MEASURED_BYTES = 32 << 20
@@ -65,7 +66,8 @@ def train(
 ) -> bytes:
     """The bytes of a sentencepiece model; the same ones for the same arguments. Ids: pad 0, unk 1, bos 2, eos 3.
 
-    Then come the reserved control ids, the newline, and the 256 bytes. Raises DataError where sentencepiece cannot
+    Then come the reserved control ids, the newline, and the 256 bytes. Scores of a unigram model are rounded, which
+    changes next to nothing and lets a Hugging Face tokenizer give the same ids (tokenizer/scores.py). Raises DataError where sentencepiece cannot
     make a vocabulary of this size from these texts.
     """
     model = io.BytesIO()
@@ -98,7 +100,7 @@ def train(
             f"sentencepiece cannot make {vocab_size} pieces of these texts ({reason}); "
             "give more text or another --vocab-size"
         ) from None
-    return model.getvalue()
+    return rounded_scores(model.getvalue()) if model_type == "unigram" else model.getvalue()
 
 
 def bytes_per_token(vocabulary: Vocabulary, texts: Iterable[str]) -> tuple[float, int]:

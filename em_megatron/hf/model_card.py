@@ -82,8 +82,8 @@ def model_card(source: Source, compared: Comparison) -> str:
 def _measured(source: Source, compared: Comparison) -> str:
     lines = [
         f"- This folder against the Megatron model, fp32, {compared.tokens:,} tokens of text: largest difference of a "
-        f"logit {compared.logits:.2g}, of memory states {compared.states:.2g} ({TOLERANCE:g} is allowed); the "
-        f"tokenizers gave the same ids. torch {torch.__version__}."
+        f"logit {compared.logits:.2g}, of memory states {compared.states:.2g} ({TOLERANCE:g} is allowed); of "
+        f"{compared.texts:,} texts {compared.other_ids or 'none'} got other token ids. torch {torch.__version__}."
     ]
     found = _evaluation(source)
     if found is None:

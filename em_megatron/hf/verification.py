@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from em_megatron.config import RunConfig
 from em_megatron.data.manifest import DataError
 from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.hf.export import Source
-from em_megatron.hf.fast_tokenizer import ODD_STRINGS, check_same_ids
+from em_megatron.hf.fast_tokenizer import ODD_STRINGS, check_same_ids, differing_texts, gives_the_same_ids
 from em_megatron.hf.weight_mapping import ConversionError
 
 TOLERANCE = 1e-4  # of logits and states in fp32, absolute up to a size of 1 (states), relative beyond
@@ -31,11 +31,16 @@ class Computed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest differences over `tokens` tokens, of logits, and of states as a share of the larger of 1 and their size."""
+    """Largest differences over `tokens` tokens, of logits, and of states as a share of the larger of 1 and their size.
+
+    texts: compared by their ids, and how many of them got others (only where scores of the tokenizer are not rounded).
+    """
 
     tokens: int
     logits: float
     states: float
+    texts: int = 0
+    other_ids: int = 0
 
     def check(self) -> None:
         """Raises ConversionError where Hugging Face computes something else."""
@@ -53,10 +58,11 @@ def verify(source: Source, folder: Path, overrides: Sequence[str], text: str) ->
         ConversionError, DataError: they differ.
     """
     ids = _ids(source.vocabulary, text, source.config.memory.block_length)
-    check_tokenizer(source.vocabulary, folder, text)
+    texts = [*ODD_STRINGS, *text[: 1 << 20].splitlines(keepends=True)]
+    other_ids = check_tokenizer(source.vocabulary, folder, texts)
     found = compare(megatron(source, overrides, ids), hugging_face(folder, ids))
     found.check()
-    return found
+    return replace(found, texts=len(texts), other_ids=other_ids)
 
 
 def _ids(vocabulary: Vocabulary, text: str, block_length: int) -> Tensor:
@@ -70,14 +76,20 @@ def _ids(vocabulary: Vocabulary, text: str, block_length: int) -> Tensor:
     return torch.tensor([[vocabulary.bos_id, *ids][:wanted]])
 
 
-def check_tokenizer(vocabulary: Vocabulary, folder: Path, text: str) -> None:
-    """Raises DataError where the folder's tokenizer gives other ids."""
+def check_tokenizer(vocabulary: Vocabulary, folder: Path, texts: Sequence[str]) -> int:
+    """How many texts get other ids from the folder's tokenizer: none, or an error, where the tokenizer promises that.
+
+    Raises:
+        DataError: other ids, though the model is one of those that fast_tokenizer copies exactly; or a text is not given
+            back.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-    if len(tokenizer) != vocabulary.size:
-        raise DataError(f"the exported tokenizer has {len(tokenizer)} ids instead of {vocabulary.size}")
-    check_same_ids(vocabulary, tokenizer, [*ODD_STRINGS, text[: 1 << 20]])
+    if gives_the_same_ids(vocabulary):
+        check_same_ids(vocabulary, tokenizer, texts)
+        return 0
+    return differing_texts(vocabulary, tokenizer, texts)
 
 
 @torch.no_grad()

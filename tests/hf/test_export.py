@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import resource
 import signal
 from pathlib import Path
@@ -18,6 +19,7 @@ from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.restore import restore
 from launch import export_hf
 from tests.hf.made_runs import VARIANTS, config_of, made_run, write_from_layout
+from tests.training import corpora
 
 LAYOUTS = {
     "tensor": ["parallel.tensor_model_parallel_size=2"],
@@ -36,7 +38,9 @@ def files_of(folder: Path) -> set[str]:
 def test_export_computes_what_megatron_computes(variant, tokenizer, tmp_path, capsys):
     run = made_run(tmp_path / "run", tokenizer, *VARIANTS[variant])
     assert export_hf.main([str(run), str(tmp_path / "out")]) == 0  # compares within 1e-4, over more than three blocks
-    assert "56 tokens: logits differ by at most" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "56 tokens: logits differ by at most" in said
+    assert "none got other ids" in said
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= files_of(tmp_path / "out")
     assert not list(tmp_path.glob(".*"))
     dtype = torch.bfloat16 if variant == "bf16" else torch.float32
@@ -49,6 +53,16 @@ def test_every_layout_exports_the_same_bytes(layout, ranks, tokenizer, exported,
     source = export.open_checkpoint(tmp_path / "run", [])
     export.write_weights(source, tmp_path, 10**9, lambda _: None)
     assert (tmp_path / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+def test_a_tokenizer_of_unrounded_scores_is_exported_with_a_warning(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tokenizer.train.rounded_scores", lambda serialized: serialized)
+    run = made_run(tmp_path / "run", corpora.tokenizer(tmp_path))
+    letters = random.Random(0)
+    (tmp_path / "text.txt").write_text("\n".join("".join(letters.choices("abcd ", k=500)) for _ in range(400)))
+    assert export_hf.main([str(run), str(tmp_path / "out"), "--text", str(tmp_path / "text.txt")]) == 0
+    assert "warning: this tokenizer was trained without rounded scores" in capsys.readouterr().out
+    assert "none got other token ids" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_files_by_size_and_their_index(run_folder, exported, tmp_path):

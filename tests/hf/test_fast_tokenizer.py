@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ import sentencepiece
 
 from em_megatron.data.manifest import DataError
 from em_megatron.data.vocabulary import Vocabulary
-from em_megatron.hf.fast_tokenizer import ODD_STRINGS, check_same_ids, fast_tokenizer
+from em_megatron.hf.fast_tokenizer import ODD_STRINGS, check_same_ids, fast_tokenizer, gives_the_same_ids
 from tests.tokenizer import small_corpus
+from tokenizer.scores import rounded_scores
 from tokenizer.train import train
 
 pytest.importorskip("transformers")
@@ -49,28 +49,6 @@ assert not any(blocked(name) for name in sys.modules)
 """
 
 
-def rounded_scores(serialized: bytes, step: float = 1 / 64) -> bytes:
-    """The model with its pieces' scores rounded to multiples of `step`, in place: no other byte changes."""
-    edited = bytearray(serialized)
-
-    def varint(at: int) -> tuple[int, int]:
-        value = shift = 0
-        while edited[at] >= 128:
-            value, at, shift = value | (edited[at] & 127) << shift, at + 1, shift + 7
-        return value | edited[at] << shift, at + 1
-
-    at = 0
-    while at < len(edited) and edited[at] == 0x0A:  # field 1, pieces
-        size, at = varint(at + 1)
-        end = at + size
-        length, at = varint(at + 1)  # its field 1, the piece
-        if edited[at + length] == 0x15:  # its field 2, the score, a float
-            (score,) = struct.unpack_from("<f", edited, at + length + 1)
-            struct.pack_into("<f", edited, at + length + 1, round(score / step) * step)
-        at = end
-    return bytes(edited)
-
-
 def corpus(folder: Path, markup: bool) -> list[str]:
     texts = [path.read_text(encoding="utf-8") for path in sorted(small_corpus.write_texts(folder, 12, 400).iterdir())]
     code = ["if (a < b) {\n" + " " * 8 + "x << 2;\n", "=======\n", "a\tb 123\n", " " * 24 + "y\n"]
@@ -82,11 +60,13 @@ def corpus(folder: Path, markup: bool) -> list[str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """As trained; the plain ones without, the others with reserved ids."""
+    """As sentencepiece trains them; the plain ones without, the others with reserved ids."""
     made = {}
     for kind in KINDS:
         texts = corpus(tmp_path_factory.mktemp("texts"), "markup" in kind)
-        made[kind] = train(texts, 640, kind.split("-")[0], 2 if "markup" in kind else 0, 0, 0, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tokenizer.train.rounded_scores", lambda serialized: serialized)
+            made[kind] = train(texts, 640, kind.split("-")[0], 2 if "markup" in kind else 0, 0, 0, 1)
     return made
 
 
@@ -129,6 +109,13 @@ def test_same_ids_and_round_trip(vocabularies, kind):
     line = "".join(mixtures(vocabulary, 1500, 60, seed=3)).replace("\n", " ")
     assert len(line) > 150_000  # far below a score of -100,000, where sentencepiece starts its sums afresh
     check_same_ids(vocabulary, tokenizer, [line])
+
+
+def test_trained_tokenizers_are_exact(models, vocabularies, tmp_path):
+    assert all(gives_the_same_ids(vocabulary) for vocabulary in vocabularies.values())
+    assert not gives_the_same_ids(Vocabulary.from_bytes(models["unigram"]))
+    rounded = train(corpus(tmp_path, markup=False), 640, "unigram", 0, 0, 0, 1)
+    assert rounded == rounded_scores(models["unigram"])
 
 
 def test_a_mark_follows_each_less_than_sign_where_pieces_hold_it(vocabularies):
@@ -230,7 +217,7 @@ def test_an_altered_tokenizer_is_caught(vocabularies, tmp_path):
         (bpe, lambda content: content.update(post_processor=None), "at position 0 of ''"),
         (bpe, lambda content: content.update(decoder=None), "does not give back 'ab'"),
         (bpe, lambda content: content["model"]["vocab"].update(more=640), "size, pad, unk, bos and eos"),
-        (unigram, lambda content: content.update(normalizer=None), "at position"),
+        (unigram, lambda content: content.update(normalizer=None), "does not give back '<s>'"),
     ]
     for index, (vocabulary, change, message) in enumerate(cases):
         with pytest.raises(DataError, match=message):
