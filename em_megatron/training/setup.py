@@ -53,8 +53,8 @@ FIXED = (
 )
 
 
-# What of the model section a set of weights does not depend on.
-NOT_IN_WEIGHTS = ("size", "hidden_dropout", "init_method_std")
+# What of the model section a set of weights does not depend on, other than by its shapes.
+NOT_IN_WEIGHTS = ("size", "hidden_dropout", "init_method_std", "make_vocab_size_divisible_by")
 
 # And where memory is carried from step to step, what says which states there are.
 FIXED_WITH_CARRIED_MEMORY = (
