@@ -6,30 +6,57 @@ import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from em_megatron.benchmark.decode_megatron import MegatronBackend
 from em_megatron.benchmark.floors import token_work
 from em_megatron.benchmark.machine import resident_bytes
-from em_megatron.benchmark.models import one_rank, run_config
+from em_megatron.benchmark.models import run_config
 from em_megatron.benchmark.options import DecodeOptions
-from em_megatron.benchmark.peers import GrowingCache
 from em_megatron.benchmark.results import Chart, Figure, Findings, Row, Rows, Table, Target
 from em_megatron.benchmark.timing import Call, Candidate, timed
-from em_megatron.model.elastic_attention import ElasticMemoryAttention
-from em_megatron.model.initialization import initialize_weights
-from em_megatron.model.language_model import PRECISIONS, build_model, memory_cache
-from em_megatron.model.memory_cache import MemoryCache
+from em_megatron.config import ConfigError, RunConfig
+from em_megatron.model.language_model import PRECISIONS
 from em_megatron.model.sizes import padded_vocab_size, shape_of
 
-OURS, PEER = "constant memory", "cache of all keys and values, random numbers"
-SHORT, LONG = 4096, 1048576
+OURS = "constant memory"
+SHORT, LONG = 4096, (262144, 1048576)  # a target is judged where these are the shortest and the longest context
 TARGETS = {
-    kind: [Target(f"token/{SHORT}/{LONG}", "at most", 1.1), Target(f"resident/{SHORT}/{LONG}", "at most", 1.01)]
+    kind: [
+        Target(f"{figure}/{SHORT}/{long}", "at most", limit)
+        for long in LONG
+        for figure, limit in (("token", 1.1), ("resident", 1.01))
+    ]
     for kind in ("cpu", "cuda")
 }
 READINGS = 64  # of the resident memory while the longest context is read
+
+
+class Generation(Protocol):
+    """A model, and what it keeps of the tokens so far."""
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Tokens [1, n], which are kept → logits [1, n or 1, vocabulary] of all or the last of them."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes kept."""
+
+
+class Backend(Protocol):
+    """The model class that is measured and the peer that one would pick instead, both of one shape."""
+
+    peer: str  # its name
+    notes: list[str]
+
+    def begin(self) -> Generation:
+        """Ours, nothing read."""
+
+    def peer_after(self, context: int, tokens: int) -> Generation:
+        """The peer with a cache of `context` random keys and values, to go on for so many tokens."""
 
 
 class DecodeBenchmark:
@@ -43,28 +70,10 @@ class DecodeBenchmark:
         self, options: DecodeOptions, device: torch.device, stack: ExitStack, say: Callable[[str], None]
     ) -> None:
         self.options, self.device, self.say = options, device, say
-        self.config = run_config(
-            [
-                f"model.num_layers={options.layers}",
-                f"model.hidden_size={options.hidden}",
-                f"model.num_attention_heads={options.heads}",
-                f"model.num_query_groups={options.kv_heads}",
-                f"model.kv_channels={options.head_dim}",
-                f"model.ffn_hidden_size={options.ffn}",
-                f"memory.block_length={options.block}",
-                f"memory.slots={options.slots}",
-                f"memory.order={options.order}",
-            ],
-            options.block,
-            options.precision,
-            options.bank_cache,
-            options.seed,
-        )
+        self.config = _run_config(options)
         self.dtype = PRECISIONS[options.precision]
-        layout = stack.enter_context(one_rank(self.config, device))
         self.vocabulary = padded_vocab_size(options.vocabulary, self.config.model.make_vocab_size_divisible_by)
-        self.model = build_model(self.config, self.vocabulary, layout.pg_collection).to(device).eval()
-        initialize_weights([self.model], options.seed, self.config.model.init_method_std, options.layers)
+        self.backend = _backend(options.through, self.config, self.vocabulary, device, stack)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.held: dict[int, dict[str, float]] = {}  # by context: bytes of caches and process, seconds of reading
@@ -73,7 +82,7 @@ class DecodeBenchmark:
     def candidates(self) -> list[Candidate]:
         contexts = sorted(self.options.contexts)
         return [self._candidate(context, OURS) for context in contexts] + [
-            self._candidate(context, PEER) for context in contexts
+            self._candidate(context, self.backend.peer) for context in contexts
         ]
 
     def _candidate(self, context: int, name: str) -> Candidate:
@@ -91,47 +100,39 @@ class DecodeBenchmark:
             single=True,
         )
 
-    def _next_token(self, cache: MemoryCache | GrowingCache) -> Call:
-        return lambda: self._feed(self.token, cache)
-
-    @torch.no_grad()
-    def _feed(self, tokens: Tensor, cache: MemoryCache | GrowingCache) -> Tensor:
-        """Tokens [1, n] → logits [1, n, vocabulary], as a generation does it."""
-        out: Tensor = self.model(tokens, None, None, inference_context=cache, runtime_gather_output=True)
-        return out
+    def _next_token(self, generation: Generation) -> Call:
+        return partial(generation.feed, self.token)
 
     def _read_context(self, context: int) -> Call:
         """Reads so many random tokens, a block at a time; the longest context also takes the readings of all."""
         options, took = self.options, 0.0
-        cache, blocks = memory_cache(self.model, batch_size=1), context // self.options.block
+        generation, blocks = self.backend.begin(), context // self.options.block
         longest = context == max(options.contexts)
         every = max(1, blocks // READINGS)
         for block in range(1, blocks + 1):
             tokens = torch.randint(0, options.vocabulary, (1, options.block), generator=self.generator).to(self.device)
-            took += timed(partial(self._feed, tokens, cache), 1, self.device)
+            took += timed(partial(generation.feed, tokens), 1, self.device)
             read = block * options.block
             if longest and (block % every == 0 or read in options.contexts):
-                self._take_reading(read, cache)
+                self._take_reading(read, generation)
                 self.say(f"{read:,} of {context:,} tokens read")
         self.held.setdefault(context, {})["tokens_per_second"] = context / took
-        return self._next_token(cache)
+        return self._next_token(generation)
 
-    def _take_reading(self, read: int, cache: MemoryCache) -> None:
+    def _take_reading(self, read: int, generation: Generation) -> None:
         resident = resident_bytes()
         self.readings.append((read, resident))
         if read in self.options.contexts:
             held = self.held.setdefault(read, {})
-            held["resident_bytes"], held["cache_bytes"] = resident, cache.num_bytes
+            held["resident_bytes"], held["cache_bytes"] = resident, generation.num_bytes
             if self.device.type == "cuda":
                 held["device_bytes"] = torch.cuda.memory_allocated(self.device)
 
     def _fill(self, context: int) -> Call:
-        attentions = [module for module in self.model.modules() if isinstance(module, ElasticMemoryAttention)]
-        room = 2 + self.options.rounds * self.options.block // self.options.peer_every
-        like = next(self.model.parameters())
-        cache = GrowingCache(attentions, context, context + room, like)
-        self.held.setdefault(context, {})["peer_bytes"] = cache.num_bytes
-        return self._next_token(cache)
+        tokens = 2 + self.options.rounds * self.options.block // self.options.peer_every
+        generation = self.backend.peer_after(context, tokens)
+        self.held.setdefault(context, {})["peer_bytes"] = generation.num_bytes
+        return self._next_token(generation)
 
     def findings(self, rows: Rows) -> Findings:
         contexts = sorted(self.options.contexts)
@@ -145,7 +146,8 @@ class DecodeBenchmark:
                 "A row's time is the median token; the means over whole blocks also hold the block's end, where the "
                 "state takes the block in and the slots are read anew.",
                 "Resident memory is read while the longest context goes by, after unused memory was given back to the "
-                "system; 'keys and values' is what the peer's cache holds, in a buffer of its final size.",
+                "system; 'keys and values' is what the peer's cache holds.",
+                *self.backend.notes,
             ],
         )
         return found
@@ -161,7 +163,7 @@ class DecodeBenchmark:
         return means
 
     def _times(self, rows: Rows, whole: dict[int, list[float]]) -> list[Figure]:
-        first, last = min(whole), max(whole)
+        first, last, peer = min(whole), max(whole), self.backend.peer
         ratios = [kind(whole[last]) / kind(whole[first]) if whole[last] and whole[first] else None
                   for kind in (statistics.median, min)]  # fmt: skip
         groups = {context: f"context of {context:,} tokens" for context in whole}
@@ -171,11 +173,11 @@ class DecodeBenchmark:
                    ratios[0], best=ratios[1]),
             rows.compared(f"median token/{first}/{last}", f"time of a token, {shown}: median token",
                           (groups[last], OURS), (groups[first], OURS)),
-            rows.compared(f"peer/{first}/{last}", f"time of a token, {shown}: {PEER}",
-                          (groups[last], PEER), (groups[first], PEER)),
+            rows.compared(f"peer/{first}/{last}", f"time of a token, {shown}: {peer}",
+                          (groups[last], peer), (groups[first], peer)),
             *(
                 rows.compared(f"speed/{context}", f"{groups[context]}: speed over the peer (median token)",
-                              (groups[context], PEER), (groups[context], OURS))
+                              (groups[context], peer), (groups[context], OURS))
                 for context in whole
             ),
         ]  # fmt: skip
@@ -209,15 +211,16 @@ class DecodeBenchmark:
         return Table("Memory", ["context", *names.values(), "tokens/s while reading it"], lines)
 
     def _charts(self, rows: Rows, whole: dict[int, list[float]]) -> list[Chart]:
-        times: dict[str, list[tuple[float, float]]] = {OURS: [], PEER: []}
-        sizes: dict[str, list[tuple[float, float]]] = {OURS: [], PEER: []}
+        peer = self.backend.peer
+        times: dict[str, list[tuple[float, float]]] = {OURS: [], peer: []}
+        sizes: dict[str, list[tuple[float, float]]] = {OURS: [], peer: []}
         sizes["whole process with constant memory"] = [(read, resident / 1e6) for read, resident in self.readings]
         for context in sorted(whole):
             for name, points in times.items():
                 row: Row | None = rows.find(f"context of {context:,} tokens", name)
                 if row is not None and row["seconds"]:
                     points.append((context, 1e3 * row["seconds"]["median"]))
-            for name, key in ((OURS, "cache_bytes"), (PEER, "peer_bytes")):
+            for name, key in ((OURS, "cache_bytes"), (peer, "peer_bytes")):
                 if key in self.held.get(context, {}):
                     sizes[name].append((context, self.held[context][key] / 1e6))
         return [
@@ -230,3 +233,28 @@ def block_means(seconds: list[float], block: int) -> list[float]:
     """Means of whole blocks of readings; of all of them where there is no whole one."""
     whole = [seconds[start : start + block] for start in range(0, len(seconds) - block + 1, block)]
     return [statistics.fmean(part) for part in whole or [seconds]]
+
+
+def _run_config(options: DecodeOptions) -> RunConfig:
+    overrides = [
+        f"model.num_layers={options.layers}",
+        f"model.hidden_size={options.hidden}",
+        f"model.num_attention_heads={options.heads}",
+        f"model.num_query_groups={options.kv_heads}",
+        f"model.kv_channels={options.head_dim}",
+        f"model.ffn_hidden_size={options.ffn}",
+        f"memory.block_length={options.block}",
+        f"memory.slots={options.slots}",
+        f"memory.order={options.order}",
+    ]
+    return run_config(overrides, options.block, options.precision, options.bank_cache, options.seed)
+
+
+def _backend(through: str, config: RunConfig, vocabulary: int, device: torch.device, stack: ExitStack) -> Backend:
+    if through == "megatron":
+        return MegatronBackend(config, vocabulary, device, stack)
+    try:  # imported here: all else runs without transformers
+        from em_megatron.benchmark.decode_transformers import TransformersBackend
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--through {through} cannot be measured here: {error}") from None
+    return TransformersBackend(config, vocabulary, device)

@@ -13,11 +13,16 @@ from em_megatron.config import ConfigError
 
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("fp32", "bf16")  # of whole models
+CONTEXTS = {"megatron": (4096, 65536, 1048576), "transformers": (4096, 262144)}  # by what `decode` goes through
 
 
 def told(cpu: Any, gpu: Any, text: str, shapes: bool = True) -> dict[str, Any]:
     """An option's defaults and meaning; `shapes` where the stated targets hold for its default only."""
     return {"cpu": cpu, "gpu": gpu, "help": text, "shapes": shapes}
+
+
+def _spelled(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,9 @@ class Options:
     )
     seed: int = field(metadata=told(1234, 1234, "seed of the inputs", False))
     output: str = field(
-        metadata=told("", "", "folder of the report; default: docs/results/benchmark/SUBCOMMAND-DEVICE", False)
+        metadata=told(
+            "", "", "folder of the report; default: docs/results/benchmark/SUBCOMMAND[-transformers]-DEVICE", False
+        )
     )
     bank_cache: str = field(
         metadata=told(
@@ -125,12 +132,13 @@ class StepOptions(Options):
 class DecodeOptions(Options):
     """Time of a generated token and memory held after contexts that are really read, block by block.
 
-    The peer is the same model with a cache of all keys and values, which holds random numbers. A round is one block of
-    tokens for each context, taken in turns token by token.
+    The peer is the same model with a cache of all keys and values, which holds random numbers; through transformers it
+    is a Llama of that shape. A round is one block of tokens for each context, taken in turns token by token.
     """
 
+    through: str = field(metadata=told("megatron", "megatron", "megatron, or transformers: the exported class", False))
     contexts: tuple[int, ...] = field(
-        metadata=told((4096, 65536, 1048576), (4096, 65536, 1048576), "tokens read before", False)
+        metadata=told((), (), f"tokens read before (default {' or '.join(map(_spelled, CONTEXTS.values()))})", False)
     )
     layers: int = field(metadata=told(1, 12, "layers"))
     hidden: int = field(metadata=told(128, 768, "width of the residual stream"))
@@ -193,10 +201,6 @@ def _help(item: dataclasses.Field[Any]) -> str:
     return (item.metadata["help"] + (f" ({default})" if cpu else "")).replace("%", "%%")
 
 
-def _spelled(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def resolve(subcommand: str, given: dict[str, Any], device_type: str) -> Any:
     """The options of a subcommand, typed, with the defaults of the device where nothing was given.
 
@@ -214,6 +218,8 @@ def resolve(subcommand: str, given: dict[str, Any], device_type: str) -> Any:
     for item in dataclasses.fields(cls):
         default = item.metadata["cpu" if device_type == "cpu" else "gpu"]
         values[item.name] = _read(item.name, hints[item.name], given[item.name]) if item.name in given else default
+    if values.get("contexts") == ():
+        values["contexts"] = CONTEXTS.get(values["through"], ())
     _check(values)
     return cls(**values)
 
@@ -242,7 +248,7 @@ def _check(values: dict[str, Any]) -> None:
         least = 0 if name in free else 1
         if any(isinstance(number, int | float) and number < least for number in numbers):
             raise ConfigError(f"--{name.replace('_', '-')} {_spelled(value)} must be at least {least}")
-    for name, allowed in (("dtype", DTYPES), ("precision", PRECISIONS)):
+    for name, allowed in (("dtype", DTYPES), ("precision", PRECISIONS), ("through", tuple(CONTEXTS))):
         if values.get(name, allowed[0]) not in allowed:
             raise ConfigError(f"--{name} '{values[name]}' is unknown: choose one of {', '.join(allowed)}")
     for name in ("length", "lengths", "contexts"):

@@ -69,8 +69,14 @@ def run(subcommand: str, given: dict[str, Any], arguments: list[str]) -> Report:
         torch.manual_seed(options.seed)
         benchmark = BUILD[subcommand](options, device, stack, progress.say)
         report = _measured(subcommand, options, device, benchmark, progress, arguments)
-    report.write(Path(options.output or f"{FOLDER}/{subcommand}-{device.type}"))
+    report.write(Path(options.output or default_folder(subcommand, options, device.type)))
     return report
+
+
+def default_folder(subcommand: str, options: Options, device_type: str) -> str:
+    """Where the report goes unless told otherwise."""
+    through = getattr(options, "through", "megatron")
+    return f"{FOLDER}/{subcommand}{'' if through == 'megatron' else f'-{through}'}-{device_type}"
 
 
 def _measured(

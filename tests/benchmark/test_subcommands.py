@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from em_megatron.benchmark import machine, options
-from em_megatron.benchmark.decode import block_means
+from em_megatron.benchmark.decode import TARGETS, block_means
+from em_megatron.benchmark.decode_transformers import TransformersBackend
 from em_megatron.benchmark.models import Exchange, run_config, variants
 from em_megatron.benchmark.peers import GrowingCache
 from em_megatron.benchmark.picture import binary
+from em_megatron.benchmark.runner import default_folder
+from em_megatron.hf.config_mapping import hugging_face_config
 from em_megatron.model.elastic_attention import ElasticMemoryAttention
 from em_megatron.model.language_model import build_model
 from em_megatron.ops.block_layout import BlockLayout
@@ -28,6 +33,7 @@ SUBCOMMANDS = {
     "decode": "--contexts 128,256 --hidden 32 --heads 4 --head-dim 8 --ffn 32 --vocabulary 64 --block 32 --slots 8 "
     "--order 8 --peer-every 8",
 }
+RUNS = SUBCOMMANDS | {"decode --through transformers": SUBCOMMANDS["decode"]}
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +43,16 @@ def small_ceilings(monkeypatch):
         monkeypatch.setitem(machine.MATRIX_SIDE, kind, 64)
 
 
-@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
-def test_subcommand(subcommand, tmp_path, capsys):
-    arguments = [subcommand, *SUBCOMMANDS[subcommand].split(), "--rounds", "1", "--bank-cache", "", "--output"]
+@pytest.mark.parametrize("run", RUNS)
+def test_subcommand(run, tmp_path, capsys):
+    arguments = [*run.split(), *RUNS[run].split(), "--rounds", "1", "--bank-cache", "", "--output"]
     assert main([*arguments, str(tmp_path / "report")]) == 0
     report = json.loads((tmp_path / "report/report.json").read_text())
     text = (tmp_path / "report/report.md").read_text()
     assert capsys.readouterr().out.strip() in text  # the picture is only in the file
     assert (tmp_path / "report/report.png").read_bytes().startswith(b"\x89PNG")
     assert {"device", "torch", "triton", "commit", "date"} <= set(report["machine"])
-    assert report["command"].startswith(f"python launch/benchmark.py {subcommand} ")
+    assert report["command"].startswith(f"python launch/benchmark.py {run} ")
     assert all(rate > 0 for rate in report["ceilings"].values())
     assert report["targets"] == []  # these are not the default shapes
     check_rows(report, text)
@@ -95,6 +101,7 @@ def test_default_shapes_bring_the_targets_and_others_do_not():
         (["memory", "--length", "1000"], "--length 1000 is not a whole number of blocks"),
         (["attention", "--heads", "3", "--kv-heads", "2"], "--heads 3 is not a multiple"),
         (["memory", "--device", "tpu"], "--device 'tpu' is unknown"),
+        (["decode", "--through", "jax"], "--through 'jax' is unknown: choose one of megatron, transformers"),
         (["step", "--size", "huge"], "model.size 'huge' is unknown"),
     ],
 )
@@ -156,6 +163,52 @@ def test_the_growing_cache_attends_to_all_tokens():
     torch.testing.assert_close(out[:, 0], torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
     assert layer.room == 0
     assert cache.num_bytes == 2 * 5 * 2 * 8 * 4
+
+
+def test_through_transformers_has_contexts_a_folder_and_targets_of_its_own():
+    through = {"through": "transformers"}
+    chosen = options.resolve("decode", through, "cpu")
+    assert chosen.contexts == (4096, 262144)
+    assert options.at_default_shapes(chosen, "cpu")
+    assert options.resolve("decode", {}, "cpu").contexts == (4096, 65536, 1048576)
+    assert options.resolve("decode", through | {"contexts": "512"}, "cpu").contexts == (512,)
+    assert default_folder("decode", chosen, "cpu") == "docs/results/benchmark/decode-transformers-cpu"
+    assert default_folder("step", options.resolve("step", {}, "cpu"), "cpu") == "docs/results/benchmark/step-cpu"
+    limits = {target.key: target.limit for target in TARGETS["cpu"]}
+    assert (limits["token/4096/262144"], limits["resident/4096/262144"]) == (1.1, 1.01)
+
+
+def test_only_decode_through_transformers_needs_transformers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "em_megatron.benchmark.decode_transformers", raising=False)
+    shape = [*SUBCOMMANDS["decode"].split(), "--rounds", "1", "--bank-cache", "", "--output", str(tmp_path)]
+    assert main(["decode", *shape]) == 0
+    assert main(["decode", "--through", "transformers", *shape]) == 2
+    assert "error: --through transformers cannot be measured here: " in capsys.readouterr().err
+
+
+def test_the_exported_class_and_its_peer_have_the_shape_of_the_run():
+    config = run_config([*tiny(), "memory.order=6", "memory.layers=1"], 32, "fp32", "", 1)
+    vocabulary = SimpleNamespace(size=100, bos_id=None, eos_id=None, pad_id=None)
+    backend = TransformersBackend(config, 128, torch.device("cpu"))
+    assert backend.config.to_diff_dict() == hugging_face_config(config, vocabulary).to_diff_dict()
+    counts = [sum(x.numel() for x in model.parameters()) for model in (backend.model, backend.peer_model)]
+    assert counts[0] == counts[1]
+
+
+def test_through_transformers_a_token_sees_what_went_before():
+    config = run_config(tiny(), 32, "bf16", "", 1)
+    backend = TransformersBackend(config, 128, torch.device("cpu"))
+    ours, peer, token = backend.begin(), backend.peer_after(24, 8), torch.zeros(1, 1, dtype=torch.int64)
+    for start in range(0, 24, 8):
+        logits = ours.feed(torch.arange(start, start + 8)[None])
+        assert (logits.shape, logits.dtype) == ((1, 1, 128), torch.bfloat16)
+    assert peer.num_bytes == 2 * 2 * 2 * 24 * 8 * 2  # layers, keys and values, heads, tokens, dimension, bytes
+    held = ours.num_bytes
+    assert not torch.equal(ours.feed(token), backend.begin().feed(token))
+    assert not torch.equal(peer.feed(token), backend.peer_after(0, 8).feed(token))
+    assert (ours.num_bytes, peer.num_bytes) == (held, 2 * 2 * 2 * 25 * 8 * 2)
+    assert ours.cache.get_seq_length() == peer.cache.get_seq_length() == 25
 
 
 def test_a_token_is_the_mean_of_its_block():
