@@ -12,7 +12,7 @@ from typing import Any
 from em_megatron.config import ConfigError, plain_overrides
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="generate.py",
         description="Streams text from a checkpoint, or through transformers from a folder of launch/export_hf.py. The "
@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
         "--top-p", type=float, default=0.95, help="only the likeliest tokens of this mass (default 0.95)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
-    return parser.parse_intermixed_args(plain_overrides(sys.argv[1:]))
+    return parser.parse_intermixed_args(plain_overrides(sys.argv[1:] if argv is None else argv))
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -81,8 +81,8 @@ def lines_of(arguments: argparse.Namespace) -> Iterator[str]:
             yield from pieces(file)
 
 
-def main() -> int:
-    arguments = parse()
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     from tqdm import tqdm
@@ -120,7 +120,13 @@ def main() -> int:
             show(arguments.prompt if arguments.prompt not in (None, "-") else "")
             answer(model)
     except (ConfigError, CheckpointError, DataError) as error:
-        leave(error, 2, on_all_ranks=not isinstance(error, DataError))
+        if world_size > 1:
+            leave(error, 2, on_all_ranks=not isinstance(error, DataError))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if world_size == 1:
+            shutdown()
     shutdown()
     return 0
 

@@ -77,12 +77,11 @@ class TransformersBackend:
 
 
 def exported_config(config: RunConfig, vocabulary: int) -> ElasticMemoryConfig:
-    """As an export of such a run has it, without token ids; `vocabulary` is the padded one."""
+    """As an export of such a run has it, less token ids and length in training; `vocabulary` is the padded one."""
     fields = {theirs: getattr(config.model, ours) for ours, theirs in MODEL.items()}
     fields |= {theirs: getattr(config.memory, ours) for ours, theirs in MEMORY.items()}
     return ElasticMemoryConfig(
         vocab_size=vocabulary,
-        max_position_embeddings=config.data.sequence_length,
         memory_layers=memory_layers(config.memory, shape_of(config.model).num_layers),
         **fields,
     )

@@ -21,10 +21,6 @@ def told(cpu: Any, gpu: Any, text: str, shapes: bool = True) -> dict[str, Any]:
     return {"cpu": cpu, "gpu": gpu, "help": text, "shapes": shapes}
 
 
-def _spelled(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 @dataclass(frozen=True)
 class Options:
     """What all of them take."""
@@ -138,7 +134,7 @@ class DecodeOptions(Options):
 
     through: str = field(metadata=told("megatron", "megatron", "megatron, or transformers: the exported class", False))
     contexts: tuple[int, ...] = field(
-        metadata=told((), (), f"tokens read before (default {' or '.join(map(_spelled, CONTEXTS.values()))})", False)
+        metadata=told((), (), "tokens read before (default 4096,65536,1048576; transformers 4096,262144)", False)
     )
     layers: int = field(metadata=told(1, 12, "layers"))
     hidden: int = field(metadata=told(128, 768, "width of the residual stream"))
@@ -199,6 +195,10 @@ def _help(item: dataclasses.Field[Any]) -> str:
     cpu, gpu = (_spelled(item.metadata[kind]) for kind in ("cpu", "gpu"))
     default = f"default {cpu}" if cpu == gpu else f"default {cpu} on the CPU, {gpu} on a GPU"
     return (item.metadata["help"] + (f" ({default})" if cpu else "")).replace("%", "%%")
+
+
+def _spelled(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def resolve(subcommand: str, given: dict[str, Any], device_type: str) -> Any:

@@ -58,7 +58,7 @@ def hugging_face_config(config: RunConfig, vocabulary: Vocabulary) -> ElasticMem
     fields |= {theirs: getattr(config.memory, ours) for ours, theirs in MEMORY.items()}
     return ElasticMemoryConfig(
         vocab_size=padded_vocab_size(vocabulary.size, config.model.make_vocab_size_divisible_by),
-        max_position_embeddings=config.data.sequence_length,
+        training_length=config.data.sequence_length,
         memory_layers=memory_layers(config.memory, shape_of(config.model).num_layers),
         bos_token_id=vocabulary.bos_id,
         eos_token_id=vocabulary.eos_id,

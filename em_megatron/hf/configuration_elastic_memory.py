@@ -21,7 +21,8 @@ class ElasticMemoryConfig(PretrainedConfig):
         rms_norm_eps, tie_word_embeddings, initializer_range: as in Llama.
         rope_theta: base of the rotary frequencies; positions count inside a block.
         qk_norm: RMSNorm on the queries and keys of each head.
-        max_position_embeddings: tokens per sample in training, for tools that ask; the model has no maximum.
+        training_length: tokens per sample in training.
+        max_position_embeddings: for tools that ask; the model has no maximum.
         block_length: tokens per block, L.
         memory_layers: layers (from 0) that have a memory; None: all.
         memory_order: polynomial coefficients kept per head and channel, N.
@@ -51,7 +52,8 @@ class ElasticMemoryConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
         qk_norm: bool = False,
-        max_position_embeddings: int = 32768,
+        training_length: int = 32768,
+        max_position_embeddings: int = 1 << 20,
         initializer_range: float = 0.02,
         use_cache: bool = True,
         block_length: int = 2048,
@@ -72,7 +74,8 @@ class ElasticMemoryConfig(PretrainedConfig):
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.rms_norm_eps, self.rope_theta, self.qk_norm = rms_norm_eps, rope_theta, qk_norm
-        self.max_position_embeddings, self.initializer_range = max_position_embeddings, initializer_range
+        self.training_length, self.max_position_embeddings = training_length, max_position_embeddings
+        self.initializer_range = initializer_range
         self.use_cache, self.block_length = use_cache, block_length
         self.memory_layers = list(range(num_hidden_layers) if memory_layers is None else memory_layers)
         self.memory_order, self.memory_slots, self.memory_sampler = memory_order, memory_slots, memory_sampler

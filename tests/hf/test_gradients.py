@@ -22,7 +22,9 @@ TOLERANCE = 2e-5  # of the norm, in fp32: that of the parity suite
 def test_gradients(variant, tokenizer, tmp_path):
     run = made_run(tmp_path / "run", tokenizer, *VARIANTS[variant])
     assert export_hf.main([str(run), str(tmp_path / "out")]) == 0
-    ids = torch.randint(4, 640, (2, 80), generator=torch.Generator().manual_seed(0))  # five blocks, gradients through four
+    ids = torch.randint(
+        4, 640, (2, 80), generator=torch.Generator().manual_seed(0)
+    )  # five blocks, gradients through four
     found = restore(run, [], 1)
     try:
         layout = BlockLayout.from_segment_ids(torch.ones_like(ids), 16, ids.device)

@@ -46,7 +46,7 @@ def results(folder: Path, tmp_path: Path, texts: list[str]) -> tuple[dict, list[
     data.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
     for name, task in (("letters", ROLLING), ("continuation", GENERATING)):
         (tmp_path / f"{name}.yaml").write_text(task.replace("DATA", str(data)))
-    arguments = ["--model", "hf", "--model_args", f"pretrained={folder},trust_remote_code=True,max_length=4096"]
+    arguments = ["--model", "hf", "--model_args", f"pretrained={folder},trust_remote_code=True"]
     arguments += ["--tasks", "letters,continuation", "--include_path", str(tmp_path), "--batch_size", "3"]
     arguments += ["--device", "cpu", "--output_path", str(tmp_path / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}

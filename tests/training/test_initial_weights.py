@@ -75,8 +75,8 @@ def test_weights_that_mean_something_else(override, words, first, chain_corpus, 
 
 
 def test_another_tokenizer_other_shapes_or_no_checkpoint(first, chain_corpus, tmp_path):
+    wider = "model.make_vocab_size_divisible_by=512"
     with pytest.raises(CheckpointError, match=r"word_embeddings.weight is \[640, 64\] there and \[1024, 64\] here"):
-        wider = "model.make_vocab_size_divisible_by=512"
         run(chain_corpus, tmp_path, f"checkpoint.initial_load_path={first / 'first'}", wider)
     shutil.copytree(first / "first", tmp_path / "other")
     train_model(write_texts(tmp_path / "texts", files=20, words=400, seed=1), tmp_path / "other/tokenizer.model")
