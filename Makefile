@@ -48,7 +48,7 @@ $(INSTALLED): pyproject.toml | $(PY)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# --- quickstart: six steps; each is skipped when its output, written last by its command, is there ---
+# --- quickstart: seven steps; each is skipped when its output, written last by its command, is there ---
 
 DATA := data/$(RUN)
 OUT := runs/$(RUN)
@@ -59,29 +59,30 @@ TRAINED := $(OUT)/.trained-$(if $(STEPS),$(STEPS),recipe)
 
 # $(call step,number,what it does,its output,command)
 define step
-	@if [ -e '$(3)' ]; then echo "[quickstart $(1)/6] $(2): $(3) is there"; \
-	else echo "[quickstart $(1)/6] $(2) ..."; $(4); fi
+	@if [ -e '$(3)' ]; then echo "[quickstart $(1)/7] $(2): $(3) is there"; \
+	else echo "[quickstart $(1)/7] $(2) ..."; $(4); fi
 endef
 
 # Prints a command's output, and keeps it in a file that is there only when the command has succeeded.
 kept = set -o pipefail; $(1) | tee '$(2).partial' && mv '$(2).partial' '$(2)'
 
-quickstart: quickstart-arguments $(INSTALLED) ## texts, tokenizer, shards, training, evaluation and a sample
+quickstart: quickstart-arguments $(INSTALLED) ## texts, tokenizer, shards, training, evaluation, Hugging Face export and a sample
 ifeq ($(TEXTS),)
 	$(call step,1,fetching the texts,$(SOURCE)/books.json,$(PY) -m tokenizer.books --output $(SOURCE))
 else
-	@echo "[quickstart 1/6] fetching the texts: yours are used, $$TEXTS"
+	@echo "[quickstart 1/7] fetching the texts: yours are used, $$TEXTS"
 	@$(remember-texts)
 endif
 	$(call step,2,training the tokenizer,$(DATA)/tokenizer.model,$(PY) -m tokenizer.train --input "$$SOURCE" $(CUT) \
 	--vocab-size 2048 --output $(DATA)/tokenizer.model)
 	$(call step,3,encoding the texts,$(DATA)/shards/manifest.json,$(PY) -m tokenizer.encode --input "$$SOURCE" $(CUT) \
 	--tokenizer $(DATA)/tokenizer.model --output $(DATA)/shards)
-	$(call step,4,training the model,$(TRAINED),$(train) && rm -f $(OUT)/evaluation.txt $(OUT)/sample.txt && touch $(TRAINED))
+	$(call step,4,training the model,$(TRAINED),$(train) && rm -rf $(OUT)/evaluation.txt $(OUT)/sample.txt $(OUT)/hf && touch $(TRAINED))
 	$(call step,5,evaluating it,$(OUT)/evaluation.txt,$(call kept,$(PY) launch/evaluate.py $(OUT) --reference-models,$(OUT)/evaluation.txt))
 	@$(if $(filter command,$(firstword $(origin PROMPT))),rm -f $(OUT)/sample.txt,:)
-	$(call step,6,generating text,$(OUT)/sample.txt,$(call kept,$(PY) launch/generate.py $(OUT) --prompt "$$PROMPT",$(OUT)/sample.txt))
-	@echo "[quickstart] done: look at $(OUT)/loss.png, $(OUT)/positions.png, $(OUT)/evaluation.txt and $(OUT)/sample.txt"
+	$(call step,6,exporting it as a Hugging Face folder,$(OUT)/hf/config.json,$(PY) launch/export_hf.py $(OUT) $(OUT)/hf)
+	$(call step,7,generating text through transformers,$(OUT)/sample.txt,$(call kept,$(PY) launch/generate.py $(OUT)/hf --prompt "$$PROMPT",$(OUT)/sample.txt))
+	@echo "[quickstart] done: look at $(OUT)/loss.png, $(OUT)/positions.png, $(OUT)/evaluation.txt, $(OUT)/hf/README.md and $(OUT)/sample.txt"
 
 .PHONY: quickstart-arguments
 quickstart-arguments:

@@ -112,11 +112,11 @@ def sampler_points(name: str, slots: int, a: float, lo: float, hi: float, points
 
 
 class MemoryReader:
-    """The matrices of one memory; shared by all layers, those of the last few blocks are kept."""
+    """The matrices of one memory; shared by all layers, those of the last block are kept."""
 
     def __init__(self, order: int, points: Tensor, discretization: str) -> None:
         self.order, self.points, self.discretization = order, points, discretization
-        self.step = lru_cache(maxsize=8)(made_once(self._step))
+        self.step = lru_cache(maxsize=1)(made_once(self._step))  # all layers in turn, then never again
         self.moments = lru_cache(maxsize=8)(made_once(self._moments))
 
     def _step(self, before: int, after: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Tensor]:

@@ -75,17 +75,18 @@ class ElasticMemoryAttention(nn.Module):
 
     def _attend(self, pair: Tensor, keys: Tensor, values: Tensor, slots: Tensor | None, past: int) -> Tensor:
         """Queries rotated and plain [2, g, h, r, m, d], the first at position `past`: [g, h, r, m, d]."""
-        last = past + pair.shape[-2]
-        keys, values = keys[:, :, None, :last], values[:, :, None, :last]
-        scores = pair[0] @ keys.transpose(-1, -2)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(past + 1)
-        scores = scores.masked_fill(future, float("-inf"))
+        last, count = past + pair.shape[-2], 0
+        scores = pair[0] @ keys[:, :, None, :last].transpose(-1, -2)
+        if last - past > 1:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(past + 1)
+            scores = scores.masked_fill(future, float("-inf"))
         if slots is not None:
             slot_keys, slot_values = slots.to(keys.dtype)[:, :, None].chunk(2, -1)
-            scores = torch.cat([pair[1] @ slot_keys.transpose(-1, -2), scores], -1)
-            values = torch.cat([slot_values, values], -2)
+            scores, count = torch.cat([pair[1] @ slot_keys.transpose(-1, -2), scores], -1), slot_keys.shape[-2]
         exact = torch.promote_types(scores.dtype, torch.float32)
-        return torch.softmax(scores * self.head_dim**-0.5, -1, dtype=exact).to(values.dtype) @ values
+        shares = torch.softmax(scores * self.head_dim**-0.5, -1, dtype=exact).to(values.dtype)
+        out = shares[..., count:] @ values[:, :, None, :last]
+        return out if slots is None else out + shares[..., :count] @ slot_values
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
