@@ -37,7 +37,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=Tr
 memory = model.read(tokenizer(open("document.txt").read(), return_tensors="pt").input_ids)
 question = tokenizer("What", return_tensors="pt", add_special_tokens=False).input_ids
 print(tokenizer.decode(model.generate_from(memory, question, max_new_tokens=20)[0]))
-memory.save("document.safetensors", model)  # ElasticMemoryCache.load(path, model) brings it back
+memory.save("document.safetensors", model)
+memory = model.load_memory("document.safetensors")  # another day
 
 # The memory has no weights: its reader may be exchanged, and its order cut.
 model.set_memory(order={order}, slots={slots}, sampler="uniform")
@@ -109,7 +110,7 @@ def _last_loss(source: Source) -> str:
     """The training loss of that step, if the run's metrics are there."""
     try:
         lines = (source.run_dir / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if row.get("step") == source.step and "loss" in row]
-    except (OSError, ValueError):
+        rows = [row for row in map(json.loads, lines) if (row["kind"], row["step"]) == ("train", source.step)]
+    except (OSError, ValueError, KeyError):
         return ""
     return f" Its training loss was {rows[-1]['loss']:.4f} nats per token." if rows else ""

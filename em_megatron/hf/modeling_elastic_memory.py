@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -324,6 +325,10 @@ class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
     def generate_from(self, cache: ElasticMemoryCache, input_ids: Tensor, **kwargs: Any) -> Any:
         """`generate` after what `cache` has read, which stays as it was; `input_ids` [b, n] is only what is new."""
         return super().generate(input_ids, **{CACHE: cache.copy().fold()}, **kwargs)
+
+    def load_memory(self, path: str | Path) -> ElasticMemoryCache:
+        """What `save` of a cache wrote; see `ElasticMemoryCache.load`."""
+        return ElasticMemoryCache.load(path, self)
 
     def fingerprint(self) -> str:
         """Of what decides a memory's content: shape, blocks, and a part of the weights."""

@@ -122,6 +122,14 @@ def test_the_card_says_what_was_measured(exported, run_folder):
         assert words in card
 
 
+def test_the_code_of_the_card_runs(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "document.txt").write_text("abc def ghi\n" * 20)
+    code = (exported / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code.replace("FOLDER", str(exported)), "card", "exec"), {})
+    assert "Once upon a time" in capsys.readouterr().out
+
+
 def refused(arguments: list[str], words: str, capsys, out: Path) -> None:
     assert export_hf.main([*arguments[:1], str(out), *arguments[1:]]) == 2
     error = capsys.readouterr().err

@@ -42,6 +42,8 @@ def first(chain_corpus, tmp_path_factory) -> Path:
 def test_goes_on_from_a_checkpoint_and_from_a_hugging_face_folder(first, chain_corpus, tmp_path):
     assert export_hf.main([str(first / "first"), str(tmp_path / "hf")]) == 0
     assert import_hf.main([str(tmp_path / "hf"), str(tmp_path / "imported")]) == 0
+    last = rows(first, "first", "train")[-1]["loss"]
+    assert f"Its training loss was {last:.4f} nats" in (tmp_path / "hf/README.md").read_text()
     before = rows(first, "first", "validation")[-1]["loss"]
     losses = []
     for name, start in (("a", first / "first"), ("b", tmp_path / "imported")):
