@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         source = open_checkpoint(arguments.checkpoint, arguments.overrides, arguments.dtype)
         text = sample_text(source.config, source.vocabulary, arguments.text)
         export(source, arguments.folder, arguments.max_shard_size, describe, say)
-    except (ConfigError, CheckpointError, DataError, ConversionError, OSError) as error:
+    except (ConfigError, CheckpointError, DataError, ConversionError, OSError, UnicodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     say(f"{arguments.folder} is ready")
@@ -89,4 +90,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was written goes with this process
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError("give one of --prompt and --prompt-file")
     if arguments.prompt_file is not None and not arguments.prompt_file.is_file():
         raise ConfigError(f"prompt file '{arguments.prompt_file}' does not exist")
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}: it must be at least 1")
+    if arguments.save_memory is not None and not arguments.save_memory.absolute().parent.is_dir():
+        raise ConfigError(f"--save-memory {arguments.save_memory} lies in no folder: make it first")
 
 
 def text_model(arguments: argparse.Namespace, world_size: int) -> Any:
@@ -75,7 +80,11 @@ def lines_of(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.prompt_file is None and arguments.prompt != "-":
         yield arguments.prompt
     elif arguments.prompt == "-":
-        yield from pieces(sys.stdin)
+        yield from pieces(
+            sys.stdin
+            if not hasattr(sys.stdin, "buffer")
+            else io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="")
+        )
     else:
         with arguments.prompt_file.open(encoding="utf-8", newline="") as file:
             yield from pieces(file)
@@ -119,6 +128,9 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.question is None:
             show(arguments.prompt if arguments.prompt not in (None, "-") else "")
             answer(model)
+    except UnicodeDecodeError as error:
+        print(f"error: the text is not UTF-8 ({error}): convert it first", file=sys.stderr)
+        return 2
     except (ConfigError, CheckpointError, DataError) as error:
         if world_size > 1:
             leave(error, 2, on_all_ranks=not isinstance(error, DataError))

@@ -62,11 +62,12 @@ class LayerMemory:
         return tuple(x[:, :, :last] for x in self.own)
 
     def _make_room(self, own: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> None:
-        """Buffers of a whole block that may be written to."""
-        buffer = self.own[0] if self.own else None
-        writable = torch.is_inference_mode_enabled() or buffer is None or not buffer.is_inference()
-        if buffer is not None and buffer.shape[2] == self.block_length and not buffer.requires_grad and writable:
-            return
+        """Buffers of a whole block that may be written to; every block gets its own, so that a call may be taken back."""
+        if own:
+            buffer = self.own[0]
+            writable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+            if buffer.shape[2] == self.block_length and not buffer.requires_grad and writable:
+                return
         self.own = tuple(x.new_zeros(*x.shape[:2], self.block_length, x.shape[3]) for x in new)
         for x, y in zip(self.own, own, strict=False):
             x[:, :, : y.shape[2]] = y
@@ -107,6 +108,16 @@ class LayerMemory:
             x if x is None else x.index_select(0, rows.to(x.device)) for x in (self.state, self.slots)
         )
         return chosen
+
+    def detached(self) -> LayerMemory:
+        """The same content, cut from the gradient."""
+        other = copy.copy(self)
+        other.own = tuple(x.detach() for x in self.own)
+        other.state, other.slots = (x if x is None else x.detach() for x in (self.state, self.slots))
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "reader": None}  # the moments are read again
 
     @property
     def num_bytes(self) -> int:
@@ -192,6 +203,12 @@ class ElasticMemoryCache(Cache):
     def copy(self) -> ElasticMemoryCache:
         """A second cache of the same content; generating from one leaves the other as it was."""
         return self._chosen(range(sum(len(group.rows) for group in self.groups)))
+
+    def detach(self) -> ElasticMemoryCache:
+        """A second cache of the same content, cut from the gradient: for training on a text in successive calls."""
+        other = self._chosen(range(sum(len(group.rows) for group in self.groups)))
+        other.groups = [RowGroup(group.rows, [layer.detached() for layer in group.layers]) for group in other.groups]
+        return other
 
     def _chosen(self, sources: Iterable[int]) -> ElasticMemoryCache:
         """Row i of the result is row sources[i] of this one."""

@@ -38,7 +38,7 @@ class ElasticMemoryConfig(PretrainedConfig):
     """
 
     model_type = "elastic_memory"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (Trainer adds lists to it)
 
     def __init__(
         self,
@@ -89,8 +89,9 @@ class ElasticMemoryConfig(PretrainedConfig):
         """Raises ValueError for what cannot be."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in (*sizes, "num_key_value_heads", "head_dim", "block_length", "memory_order", "memory_slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value}: it must be a whole number of at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "

@@ -8,7 +8,9 @@ Weights are read on the CPU, tensor by tensor, without the world that trained th
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from em_megatron.config import ConfigError, RunConfig
 from em_megatron.data.manifest import TOKENIZER_NAME
 from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.hf.config_mapping import hugging_face_config
+from em_megatron.hf.generation import READER_KEYS
 from em_megatron.hf.weight_mapping import ConversionError, Row, check_complete, shapes_there, table, to_hugging_face
 from em_megatron.model.sizes import padded_vocab_size, shape_of
 from em_megatron.training.restore import saved_config
@@ -64,9 +67,10 @@ def open_checkpoint(path: Path, overrides: Sequence[str], dtype: str = "stored")
     Raises:
         CheckpointError, ConfigError, DataError, ConversionError: what cannot be exported, in one sentence.
     """
+    readers = tuple(f"memory.{key}=" for key in READER_KEYS)
     for override in overrides:
-        if not override.startswith("memory."):
-            raise ConfigError(f"override '{override}' has no place in an export: only memory.KEY=VALUE can change")
+        if not override.startswith(readers):
+            raise ConfigError(f"override '{override}' has no place in an export: these have: {' '.join(readers)}")
     checkpoint = find_checkpoint(path)
     if reason := damage(checkpoint):
         raise CheckpointError(f"{checkpoint} cannot be exported: {reason}")
@@ -102,14 +106,15 @@ def export(
         say: shows progress.
 
     Raises:
-        ConversionError: the folder is not empty, or the comparison failed; nothing is left behind.
+        ConversionError: the folder cannot be made, or the comparison failed; nothing is left behind.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = out.absolute()
+    if out.is_symlink() or os.path.ismount(out) or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConversionError(f"{out} is there already: give another folder, or remove it")
-    writing = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writing = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".writing", dir=out.parent))  # this call's alone
     try:
+        writing.chmod(0o755)
         write_weights(source, writing, max_shard_bytes, say)
         write_configuration(source, writing)
         write_tokenizer(source, writing)

@@ -98,6 +98,7 @@ def fast_tokenizer(vocabulary: Vocabulary) -> "PreTrainedTokenizerFast":
         pad_token=pieces[vocabulary.pad_id].name,
         unk_token=pieces[vocabulary.unk_id].name,
         split_special_tokens=True,
+        padding_side="left",  # places count real tokens, and generation goes on at the right
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )

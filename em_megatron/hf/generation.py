@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from em_megatron.config import ConfigError
 from em_megatron.data.manifest import TOKENIZER_NAME
@@ -72,7 +73,7 @@ class _Streamer:
 
 
 class TransformersText:
-    """A model that was exported, its tokenizer, and its memory; see `evaluation.generation.TextModel`.
+    """A model that was exported, its vocabulary, and its memory; see `evaluation.generation.TextModel`.
 
     Args:
         folder: of launch/export_hf.py.
@@ -84,7 +85,6 @@ class TransformersText:
     """
 
     def __init__(self, folder: Path, overrides: Sequence[str] = (), memory_file: Path | None = None) -> None:
-        from transformers import PreTrainedTokenizerFast
         from transformers.utils import logging
 
         from em_megatron.hf.cache_elastic_memory import ElasticMemoryCache
@@ -94,19 +94,25 @@ class TransformersText:
         self.cache_name = CACHE
         changes = reader_changes(overrides)
         try:
-            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             model = ElasticMemoryForCausalLM.from_pretrained(folder, local_files_only=True).eval()
             self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").set_memory(**changes)
             new = ElasticMemoryCache(model.config)
             self.cache = new if memory_file is None else ElasticMemoryCache.load(memory_file, self.model)
+            self._check_order()
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{folder} cannot be used: {error}") from None
         self.vocabulary = Vocabulary(folder / TOKENIZER_NAME)
         # generate() needs one token at least, so the last one always waits outside the memory.
-        self.waiting = [] if memory_file is not None else [self.tokenizer.bos_token_id]
+        self.waiting = [] if memory_file is not None else [self.vocabulary.bos_id]
+
+    def _check_order(self) -> None:
+        """Raises ValueError for a memory that was read at a lower order than the model is to have now."""
+        for group in self.cache.groups:
+            for layer in group.layers:
+                layer.memory(self.model.model.reader())
 
     def read(self, text: str) -> None:
-        ids = [*self.waiting, *self.tokenizer.encode(text, add_special_tokens=False)]
+        ids = [*self.waiting, *self.vocabulary.encode(text)]
         self.waiting = ids[-1:]
         if len(ids) > 1:
             self.model.read(torch.tensor([ids[:-1]]), self.cache)
@@ -122,26 +128,31 @@ class TransformersText:
         if sampling.temperature:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         ids: queue.Queue[int | BaseException | None] = queue.Queue()
+        enough = threading.Event()
 
         def generate() -> None:
             try:
                 torch.manual_seed(sampling.seed)
                 prompt = torch.tensor([self.waiting], device=self.model.device)
-                memory = {self.cache_name: self.cache.fold()}
-                found = self.model.generate(prompt, streamer=_Streamer(ids), **memory, **options)
+                options[self.cache_name] = self.cache.fold()
+                stop = [lambda tokens, _: torch.full((len(tokens),), enough.is_set(), device=tokens.device)]
+                found = self.model.generate(prompt, streamer=_Streamer(ids), stopping_criteria=stop, **options)
                 self.waiting = found[0, -1:].tolist()
             except BaseException as error:
                 ids.put(error)
             ids.put(None)
 
-        worker = threading.Thread(target=generate)
+        worker = threading.Thread(target=generate, daemon=True)
         worker.start()
-        while (token := ids.get()) is not None:
-            if isinstance(token, BaseException):
-                raise token
-            if token != self.vocabulary.eos_id:
-                yield token
-        worker.join()
+        try:
+            while (token := ids.get()) is not None:
+                if isinstance(token, BaseException):
+                    raise token
+                if token != self.vocabulary.eos_id:
+                    yield token
+        finally:  # also where nobody reads on
+            enough.set()
+            worker.join()
 
     def copy(self) -> TransformersText:
         other = copy.copy(self)
@@ -153,4 +164,7 @@ class TransformersText:
         if self.waiting:
             self.model.read(torch.tensor([self.waiting]), self.cache)
             self.waiting = []
-        self.cache.fold().save(path, self.model)
+        try:
+            self.cache.fold().save(path, self.model)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"the memory cannot be written to {path}: {error}") from None

@@ -108,6 +108,8 @@ def sampler_points(name: str, slots: int, a: float, lo: float, hi: float, points
     even = (torch.arange(slots, **HOST) + 0.5) / slots
     if name == "exponential":
         return 1 - torch.exp(-a * even) * torch.expm1(-a * (1 - even)) / math.expm1(-a)
+    if name not in ("uniform", "window"):
+        raise ValueError(f"memory_sampler '{name}' is unknown")
     return lo + (hi - lo) * even if name == "window" else even
 
 
@@ -128,6 +130,10 @@ class MemoryReader:
 
     def write(self, state: Tensor | None, block: Tensor, before: int) -> Tensor:
         """State [g, h, N, c] after `before` tokens, None for none, and the next ones [g, h, n, c] → the state after."""
+        with torch.autocast(block.device.type, enabled=False):  # a late block adds less than bf16 can tell from nothing
+            return self._write(state, block, before)
+
+    def _write(self, state: Tensor | None, block: Tensor, before: int) -> Tensor:
         if self.discretization not in ("exact", "zero_order_hold"):
             empty = block.new_zeros(*block.shape[:2], self.order, block.shape[3])
             return recur(empty if state is None else state, block, before, self.discretization).to(block.dtype)
@@ -137,7 +143,8 @@ class MemoryReader:
 
     def read(self, state: Tensor) -> Tensor:
         """State [g, h, N, c] → its moments [g, h, S, c]."""
-        return self.moments(state.dtype, state.device) @ state
+        with torch.autocast(state.device.type, enabled=False):
+            return self.moments(state.dtype, state.device) @ state
 
 
 @lru_cache(maxsize=8)

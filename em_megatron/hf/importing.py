@@ -58,7 +58,7 @@ def read_folder(path: Path) -> HubFolder:
     """
     config = _read_json(path / "config.json")
     index = path / "model.safetensors.index.json"
-    listed = _read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
+    listed = _listed(index) if index.is_file() else ["model.safetensors"]
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     files: dict[str, Path] = {}
@@ -68,6 +68,15 @@ def read_folder(path: Path) -> HubFolder:
                 part = file.get_slice(key)
                 shapes[key], dtypes[key], files[key] = tuple(part.get_shape()), part.get_dtype(), path / name
     return HubFolder(path, config, shapes, dtypes, files)
+
+
+def _listed(index: Path) -> list[str]:
+    """The weight files that an index names."""
+    weight_map = _read_json(index).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ConversionError(f"{index} is not valid: its weight_map must name a file beside it for each tensor")
+    return list(names)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -103,13 +112,15 @@ def run_config(folder: HubFolder, out: Path, overrides: Sequence[str]) -> RunCon
         ConfigError: overrides that cannot work.
     """
     architectures = folder.config.get("architectures") or ["none"]
+    architectures = [architectures] if isinstance(architectures, str) else architectures
     if architectures[0] not in (OURS, *LLAMA_STYLE):
         raise ConversionError(
             f"{folder.path} holds the architecture {architectures[0]}, which is unknown here: this reads {OURS} and "
             f"the Llama-style {', '.join(LLAMA_STYLE)}"
         )
     ours = architectures[0] == OURS
-    config = load_config(*_starting_point(folder.path / RECIPE_NAME, out))
+    config = load_config(*_starting_point(folder.path / RECIPE_NAME))
+    config.name, config.output_dir = out.name, str(out.parent)
     try:
         fields = _fields_of_ours(folder.config) if ours else _fields_of_llama(folder, architectures[0])
         rows = int(fields["vocab_size"])
@@ -127,11 +138,9 @@ def run_config(folder: HubFolder, out: Path, overrides: Sequence[str]) -> RunCon
     return load_config(config, overrides)
 
 
-def _starting_point(recipe: Path, out: Path) -> tuple[Path | None, list[str]]:
+def _starting_point(recipe: Path) -> tuple[Path | None, list[str]]:
     """The recipe that travelled with the weights, on one rank; else the defaults, to be filled."""
     overrides = [
-        f"name={out.name}",
-        f"output_dir={out.parent}",
         *(f"parallel.{axis}_parallel_size=1" for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context")),
         "parallel.sequence_parallel=false",
         "memory.carry_memory=false",
@@ -139,7 +148,7 @@ def _starting_point(recipe: Path, out: Path) -> tuple[Path | None, list[str]]:
     ]  # fmt: skip
     if recipe.is_file():
         return recipe, overrides
-    return None, [*overrides, "data.path=data", "model.size=tiny"]
+    return None, [*overrides, "name=imported", "data.path=data", "model.size=tiny"]
 
 
 def _fields_of_ours(config: dict[str, Any]) -> dict[str, Any]:
@@ -192,12 +201,15 @@ def vocabulary_of(folder: HubFolder, config: RunConfig) -> Vocabulary | None:
     Raises:
         ConversionError: one of our own without a tokenizer, or one with other rows than the embedding's.
     """
-    path, ours = folder.path / TOKENIZER_NAME, folder.config["architectures"][0] == OURS
+    path, ours = folder.path / TOKENIZER_NAME, OURS in folder.config["architectures"]
     try:
         vocabulary = Vocabulary(path)
     except DataError as error:
         if ours:
-            raise ConversionError(f"the tokenizer of {folder.path} cannot be used: {error}") from None
+            raise ConversionError(
+                f"the tokenizer of {folder.path} cannot be used ({error.args[0].partition(';')[0]}): copy "
+                f"{TOKENIZER_NAME} from the folder that was exported"
+            ) from None
         return None
     rows = int(folder.config["vocab_size"])
     if padded_vocab_size(vocabulary.size, config.model.make_vocab_size_divisible_by) != rows:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from em_megatron.config import config_text
 from em_megatron.hf.export import Source
 from em_megatron.hf.verification import TOLERANCE, Comparison
 from em_megatron.model.sizes import memory_floats_per_sequence, memory_layers, num_parameters, shape_of
@@ -45,7 +44,8 @@ model.set_memory(order={order}, slots={slots}, sampler="uniform")
 ```
 
 The code in this folder needs torch and transformers (5 or newer). Pad batches on the left; rows of different length are
-computed apart. Assisted generation and static caches are refused: what was read cannot be taken back.
+computed apart. After adding tokens call `model.resize_token_embeddings(len(tokenizer))`: rows without a token are never
+generated. Assisted generation and static caches are refused: what was read cannot be taken back.
 """
 
 
@@ -75,8 +75,8 @@ def model_card(source: Source, compared: Comparison) -> str:
         f"| | |\n|---|---|\n{table}\n\n"
         f"{_USE.format(order=max(1, memory.order // 2), slots=memory.slots)}\n"
         f"## Measured\n\n{_measured(source, compared)}\n\n"
-        f"## Training\n\nStep {source.step:,} of {source.config.training.train_steps:,}.{_last_loss(source)} The recipe:\n\n"
-        f"```yaml\n{config_text(source.config)}```\n"
+        f"## Training\n\nStep {source.step:,} of {source.config.training.train_steps:,}.{_last_loss(source)} The recipe, as it was:\n\n"
+        f"```yaml\n{(source.checkpoint / 'config.yaml').read_text()}```\n"
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -131,15 +132,22 @@ class ElasticMemoryPreTrainedModel(PreTrainedModel):
     config_class = ElasticMemoryConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ElasticMemoryDecoderLayer",)
-    _skip_keys_device_placement = ("cache", "past_key_values")
+    _no_split_modules = ["ElasticMemoryDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _is_stateful = True  # what was read cannot be taken back: no assisted generation
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        functions = [*args, *kwargs.values()]
+        if any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
+            raise ValueError("gradients flow through the memory from block to block: set use_reentrant to False")
+        super()._set_gradient_checkpointing(*args, **kwargs)
 
 
 class ElasticMemoryModel(ElasticMemoryPreTrainedModel):
     """Embedding, layers, final norm. A text of any length goes through all layers block by block."""
 
     def __init__(self, config: ElasticMemoryConfig) -> None:
+        config.check()  # what from_pretrained was given, too
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([ElasticMemoryDecoderLayer(config) for _ in range(config.num_hidden_layers)])
@@ -162,7 +170,7 @@ class ElasticMemoryModel(ElasticMemoryPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Hidden states [b, n, hidden]; at padded places they are 0.
 
         Args:
@@ -171,46 +179,55 @@ class ElasticMemoryModel(ElasticMemoryPreTrainedModel):
             cache, past_key_values: two names of one argument; what was read before, moved on in place.
             use_cache: return the cache; by default where no gradient is computed.
         """
-        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            raise ValueError(
-                "attention weights and hidden states of inner layers are not kept: leave those options out"
-            )
+        for option in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(option) or (kwargs.get(option) is None and getattr(self.config, option, False)):
+                raise ValueError(f"attention weights and states of inner layers are not kept: leave {option} out")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         given = past_key_values if cache is None else cache
         cache = ElasticMemoryCache(self.config) if given is None else given
+        if not hasattr(cache, "groups"):
+            raise ValueError(f"{type(cache).__name__} cannot hold a memory: give an ElasticMemoryCache, or none")
+        _refuse_packing(attention_mask, *x.shape[:2], **kwargs)
         real = _real_tokens(attention_mask, *x.shape[:2])
         counts = [x.shape[1]] * len(x) if real is None else real.sum(1).tolist()
         groups = cache.split(counts)
+        moved: list[tuple[RowGroup, list[LayerMemory]]] = []
         if real is None and len(groups) == 1:
-            out = self._read(x, groups[0][0])
+            out = self._read(x, groups[0][0], moved)
         else:
             out = torch.zeros_like(x)
             for group, count in groups:
                 at = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
                 at[group.rows] = True if real is None else real[group.rows]
                 if count:
-                    out[at] = self._read(x[at].view(-1, count, x.shape[2]), group).flatten(0, 1)
+                    out[at] = self._read(x[at].view(-1, count, x.shape[2]), group, moved).flatten(0, 1)
+        for group, layers in moved:  # all at once: who was interrupted may call again
+            group.layers = layers
         cache.columns += x.shape[1]
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
-        return BaseModelOutputWithPast(
-            last_hidden_state=out, **{CACHE: cache if use_cache or given is not None else None}
-        )
+        kept = {CACHE: cache if use_cache or given is not None else None}
+        found = BaseModelOutputWithPast(last_hidden_state=out, **kept)
+        return found.to_tuple() if kwargs.get("return_dict") is False else found
 
-    def _read(self, x: Tensor, group: RowGroup) -> Tensor:
-        """x [g, n, hidden], new to the rows of `group` → the same, normed."""
+    def _read(self, x: Tensor, group: RowGroup, moved: list[tuple[RowGroup, list[LayerMemory]]]) -> Tensor:
+        """x [g, n, hidden], new to the rows of `group` → the same, normed; where they then stand goes to `moved`."""
+        layers = group.layers
         c, reader, pieces, start = self.config, self.reader(), [], 0
         tables = rotary_tables(c.block_length, c.head_dim, c.rope_theta, x.dtype, x.device)
         while start < x.shape[1]:
-            filled = group.layers[0].filled
+            filled = layers[0].filled
             stop = min(x.shape[1], start + c.block_length - filled)
             cos, sin = (table[filled : filled + stop - start] for table in tables)
-            piece = x[:, start:stop]
-            for i, layer in enumerate(self.layers):
-                piece, group.layers[i] = layer(piece, group.layers[i], reader, cos, sin)
+            piece, memories = x[:, start:stop], []
+            for layer, memory in zip(self.layers, layers, strict=True):
+                piece, moved_on = layer(piece, memory, reader, cos, sin)
+                memories.append(moved_on)
+            layers = memories
             pieces.append(piece)
             start = stop
-        return self.norm(torch.cat(pieces, 1))
+        moved.append((group, layers))
+        return self.norm(torch.cat(pieces, 1) if pieces else x)
 
 
 def _real_tokens(attention_mask: Tensor | None, rows: int, new: int) -> Tensor | None:
@@ -223,6 +240,19 @@ def _real_tokens(attention_mask: Tensor | None, rows: int, new: int) -> Tensor |
         )
     real = attention_mask[:, attention_mask.shape[1] - new :].bool()
     return None if bool(real.all()) else real
+
+
+def _refuse_packing(
+    attention_mask: Tensor | None, rows: int, new: int, position_ids: Tensor | None = None, **kwargs: Any
+) -> None:
+    """Texts packed into one row would read each other: places that start again, or lengths of parts, are an error."""
+    packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"))
+    if position_ids is not None and new > 1:
+        steps = (position_ids[..., -new:].diff(dim=-1) == 1).view(-1, new - 1).expand(rows, -1)
+        real = _real_tokens(attention_mask, rows, new)
+        packed |= not bool((steps if real is None else steps | ~real[:, 1:] | ~real[:, :-1]).all())
+    if packed:
+        raise ValueError("several texts in one row would read each other's memory: give each a row, padded on the left")
 
 
 class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
@@ -313,14 +343,24 @@ class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
         """Reads a text, [b, n] ids or a stream of such pieces, in constant memory.
 
         Returns:
-            The cache, folded: `generate_from(cache, question_ids)` goes on from here, as often as you like.
+            The cache: `generate_from(cache, question_ids)` goes on from here, as often as you like.
+
+        Raises:
+            ValueError: a mask [b, ≥ n] for a stream: it is for one tensor.
         """
         cache = ElasticMemoryCache(self.config) if cache is None else cache
-        for ids in [input_ids] if isinstance(input_ids, Tensor) else input_ids:
-            masks = [None] if attention_mask is None else attention_mask.split(self.config.block_length, 1)
-            for i, part in enumerate(ids.split(self.config.block_length, 1)):
-                self.model(part.to(self.device), masks[min(i, len(masks) - 1)], cache)
-        return cache.fold()
+        if isinstance(input_ids, Tensor):
+            input_ids = [input_ids]
+        elif attention_mask is not None:
+            raise ValueError("an attention_mask goes with one tensor of ids: read a stream without padding")
+        for ids in input_ids:
+            masks: Iterable[Tensor | None] = itertools.repeat(None)
+            if attention_mask is not None:
+                new = attention_mask[:, attention_mask.shape[1] - ids.shape[1] :].to(self.device)
+                masks = new.split(self.config.block_length, 1)
+            for part, mask in zip(ids.split(self.config.block_length, 1), masks, strict=False):
+                self.model(part.to(self.device), mask, cache)
+        return cache
 
     def generate_from(self, cache: ElasticMemoryCache, input_ids: Tensor, **kwargs: Any) -> Any:
         """`generate` after what `cache` has read, which stays as it was; `input_ids` [b, n] is only what is new."""
@@ -331,15 +371,25 @@ class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
         return ElasticMemoryCache.load(path, self)
 
     def fingerprint(self) -> str:
-        """Of what decides a memory's content: shape, blocks, and a part of the weights."""
+        """Of what decides a memory's content: shape, blocks, and some numbers of every weight, adapters included."""
         c, digest = self.config, hashlib.sha256()
         shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, c.block_length, c.rope_theta, c.memory_layers)
         digest.update(repr((*shape, c.memory_discretization)).encode())
-        for layer in range(c.num_hidden_layers):
-            for name in ("input_layernorm", "self_attn.v_proj", "mlp.up_proj"):
-                weight = self.get_parameter(f"model.layers.{layer}.{name}.weight")
-                digest.update(weight[-1].detach().float().cpu().numpy().tobytes())
+        for name, weight in self.named_parameters():
+            if weight.is_meta:
+                raise ValueError("weights that are offloaded cannot be told apart: load the model without offloading")
+            few = weight.detach().flatten()[:: weight.numel() // 64 + 1]
+            digest.update(name.encode() + few.float().cpu().numpy().tobytes())
+        adapters = {str(getattr(module, "active_adapters", "")) for module in self.modules()}
+        digest.update(repr(sorted(adapters)).encode())
         return digest.hexdigest()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As usual; rows that had no token before may then be generated."""
+        suppressed = self.generation_config.suppress_tokens
+        if new_num_tokens is not None and suppressed:
+            self.generation_config.suppress_tokens = [x for x in suppressed if x >= new_num_tokens] or None
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -353,6 +403,8 @@ class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation '{generation_config.cache_implementation}' cannot hold a memory: leave it out"
             )
+        if given is not None and generation_config.use_cache is False:
+            raise ValueError("use_cache=False would read the text again at every token: leave it out, or the cache")
         if given is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = ElasticMemoryCache(self.config)
         elif given is not None:

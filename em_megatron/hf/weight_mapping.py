@@ -88,7 +88,7 @@ def shapes_there(row: Row, shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def to_hugging_face(row: Row, weight: Tensor, shape: Shape) -> dict[str, Tensor]:
-    """A whole Megatron tensor → its Hugging Face tensors by name, in memory of their own."""
+    """A whole Megatron tensor → its Hugging Face tensors by name, some of them views of it."""
     if row.layout == "alone":
         return {row.hugging_face[0]: weight}
     if row.layout == "gated":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import resource
 import signal
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from em_megatron.evaluation.generation import MegatronText, Sampling
 from em_megatron.hf import export, weight_mapping
 from em_megatron.hf.generation import TransformersText
+from em_megatron.hf.verification import Comparison
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.restore import restore
 from launch import export_hf
@@ -86,11 +89,52 @@ def test_weights_in_another_dtype(dtype, run_folder, exported, tmp_path):
         assert torch.equal(weight, load_file(exported / "model.safetensors")[name].to(weight.dtype))
 
 
+def test_rows_without_a_token_are_kept_and_never_generated(tokenizer, tmp_path):
+    run = made_run(tmp_path / "run", tokenizer, "model.make_vocab_size_divisible_by=96")  # 640 ids in 672 rows
+    assert export_hf.main([str(run), str(tmp_path / "out")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.lm_head.weight.shape[0] == 672
+    assert model.generation_config.suppress_tokens == list(range(640, 672))
+    with torch.no_grad():
+        model.lm_head.weight[640:] *= 100
+    ids = torch.randint(4, 640, (1, 20))
+    written = model.generate(ids, max_new_tokens=30, do_sample=True)[0, 20:]
+    assert written.max() < 640
+    model.resize_token_embeddings(642)  # two tokens more
+    assert model.generation_config.suppress_tokens is None
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}.items() <= generation.items()
+
+
+def test_two_exports_to_one_place_do_not_mix(run_folder, tmp_path, capsys, monkeypatch):
+    write = export.write_tokenizer
+
+    def write_and_export_again(source, folder):
+        monkeypatch.setattr(export, "write_tokenizer", write)
+        assert export_hf.main([str(run_folder), str(tmp_path / "out")]) == 0
+        write(source, folder)
+
+    monkeypatch.setattr(export, "write_tokenizer", write_and_export_again)
+    assert export_hf.main([str(run_folder), str(tmp_path / "out")]) == 2  # the second one was first
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert (tmp_path / "out/config.json").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_difference_of_states_alone_is_an_error():
+    for found in (Comparison(9, 0.0, 1.0), Comparison(9, 1.0, 0.0), Comparison(9, 0.0, math.nan)):
+        with pytest.raises(weight_mapping.ConversionError, match="computes something else"):
+            found.check()
+    Comparison(9, 1e-5, 1e-5).check()
+
+
 def test_another_reader_in_the_export(run_folder, tmp_path):
     assert export_hf.main([str(run_folder), str(tmp_path / "out"), "memory.order=6", "memory.sampler=exponential"]) == 0
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["memory_order"], config["memory_sampler"]) == (6, "exponential")
-    assert "order 6, 5 slots, exponential" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "order 6, 5 slots, exponential" in card
+    assert (next(run_folder.glob("checkpoints/*")) / "config.yaml").read_text() in card
 
 
 def test_greedy_text_is_megatrons(run_folder, exported):
@@ -185,7 +229,13 @@ def test_a_wrong_memory_leaves_nothing(run_folder, tmp_path, capsys, monkeypatch
 def test_refusals(run_folder, exported, tokenizer, tmp_path, capsys):
     assert export_hf.main([str(run_folder), str(exported)]) == 2
     assert "is there already" in capsys.readouterr().err
-    refused([str(run_folder), "model.num_layers=2"], "no place in an export", capsys, tmp_path / "out")
+    for override in ("model.num_layers=2", "memory.block_length=8", "memory.kind=block_local"):
+        refused([str(run_folder), override], "no place in an export", capsys, tmp_path / "out")
+    (tmp_path / "text").write_bytes(b"\xff\xfe\xff")
+    refused([str(run_folder), "--text", str(tmp_path / "text")], "codec can't decode", capsys, tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert export_hf.main([str(run_folder), str(tmp_path / "link")]) == 2
+    assert "is there already" in capsys.readouterr().err
     refused([str(tmp_path / "nothing")], "no complete checkpoint", capsys, tmp_path / "out")
     refused([str(run_folder), "--text", str(tmp_path / "none.txt")], "no text file", capsys, tmp_path / "out")
     run = made_run(tmp_path / "run", tokenizer)

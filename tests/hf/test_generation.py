@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ def generate(capsys, monkeypatch):
 
     def call(*arguments: str | Path, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        length = [] if "--max-new-tokens" in arguments else ["--max-new-tokens", "12"]
         capsys.readouterr()
-        code = launch_generate.main([*map(str, arguments), "--temperature", "0", "--max-new-tokens", "12"])
+        code = launch_generate.main([*map(str, arguments), "--temperature", "0", *length])
         return code, *capsys.readouterr()
 
     return call
@@ -72,6 +74,18 @@ def test_what_is_written_enters_the_memory(exported):
     assert "".join(again.write(12, GREEDY)) == first + second
 
 
+def test_nobody_reads_on(exported):
+    text = TransformersText(exported)
+    text.read("abc def")
+    text.model.generation_config.suppress_tokens = [text.vocabulary.eos_id]
+    ids = text.write_ids(100_000, GREEDY)
+    next(ids)
+    ids.close()  # waits for the thread, which ends at its next token
+    assert threading.active_count() < 20
+    assert len(text.cache.tokens_read) == 1
+    assert text.cache.tokens_read[0] < 1000
+
+
 def test_sampling_depends_on_the_seed_alone(exported):
     found = []
     for seed in (1, 1, 2):
@@ -102,9 +116,20 @@ def test_a_memory_outlives_the_process(generate, exported, tmp_path):
 
 
 def test_refusals_on_the_command_line(generate, run_folder, exported, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"abc\xff\xfe\n")
+    generate(exported, "--prompt", "abc " * 30, "--save-memory", tmp_path / "memory")
     for arguments, words in (
         ((run_folder, "--prompt", "a", "--save-memory", tmp_path / "m"), "call launch/export_hf.py"),
         ((exported, "--prompt", "a", "--load-memory", tmp_path / "none"), "there is no file"),
+        (
+            (exported, "--load-memory", tmp_path / "memory", "--prompt", "a", "memory.order=20"),
+            "too small for order 20",
+        ),
+        ((exported, "--prompt", "a", "--save-memory", tmp_path / "none/m"), "lies in no folder"),
+        ((exported, "--prompt-file", tmp_path / "bytes"), "is not UTF-8"),
+        ((run_folder, "--prompt-file", tmp_path / "bytes"), "is not UTF-8"),
+        ((exported, "--prompt", "a\udcff"), "which UTF-8 cannot hold"),
+        ((exported, "--prompt", "a", "--max-new-tokens", "0"), "must be at least 1"),
         ((exported,), "give one of --prompt and --prompt-file"),
         ((exported, "--prompt-file", tmp_path / "none"), "does not exist"),
         ((tmp_path, "--prompt", "a"), "no complete checkpoint"),

@@ -155,9 +155,17 @@ BROKEN = {
     "an unknown architecture": (lambda f: edit(f, architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel, which is unknown"),
     "no architecture": (lambda f: edit(f, architectures=None), "architecture none"),
     "no configuration": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "an index of something else": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}'),
+        "its weight_map must name a file",
+    ),
+    "an index that leads elsewhere": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}'),
+        "its weight_map must name a file",
+    ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "cannot be used"),
+    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "copy tokenizer.model from the folder that was exported"),
 }  # fmt: skip
 
 
