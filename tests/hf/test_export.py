@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from em_megatron.evaluation.generation import MegatronText, Sampling
 from em_megatron.hf import export, weight_mapping
 from em_megatron.hf.generation import TransformersText
-from em_megatron.hf.verification import Comparison
+from em_megatron.hf.verification import Comparison, Computed, compare
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.restore import restore
 from launch import export_hf
@@ -101,7 +101,7 @@ def test_rows_without_a_token_are_kept_and_never_generated(tokenizer, tmp_path):
     written = model.generate(ids, max_new_tokens=30, do_sample=True)[0, 20:]
     assert written.max() < 640
     model.resize_token_embeddings(642)  # two tokens more
-    assert model.generation_config.suppress_tokens is None
+    assert model.generation_config.suppress_tokens == list(range(642, 672))
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}.items() <= generation.items()
 
@@ -126,6 +126,12 @@ def test_a_difference_of_states_alone_is_an_error():
         with pytest.raises(weight_mapping.ConversionError, match="computes something else"):
             found.check()
     Comparison(9, 1e-5, 1e-5).check()
+    good, bad = torch.ones(4, 2, 6), torch.full((4, 2, 6), math.nan)
+    both = (
+        Computed(torch.ones(9, 5), {0: good, 1: good, 2: good}),
+        Computed(torch.ones(9, 5), {0: good, 1: bad, 2: good}),
+    )
+    assert math.isnan(compare(*both).states)
 
 
 def test_another_reader_in_the_export(run_folder, tmp_path):

@@ -163,8 +163,8 @@ def test_a_batch_gives_the_ids_of_single_texts(vocabularies, kind):
     batch = tokenizer(texts, padding=True)
     for text, row, mask in zip(texts, batch.input_ids, batch.attention_mask, strict=True):
         ids = tokenizer(text).input_ids
-        assert row == ids + [tokenizer.pad_token_id] * (len(row) - len(ids))
-        assert mask == [1] * len(ids) + [0] * (len(row) - len(ids))
+        assert row == [tokenizer.pad_token_id] * (len(row) - len(ids)) + ids
+        assert mask == [0] * (len(row) - len(ids)) + [1] * len(ids)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram-markup"])

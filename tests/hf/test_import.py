@@ -53,13 +53,17 @@ def test_there_and_back_byte_for_byte(variant, tokenizer, tmp_path):
     assert import_hf.main([str(tmp_path / "there"), str(tmp_path / "back")]) == 0
     assert_same(weights_of(run), weights_of(tmp_path / "back"))
     assert (run / "tokenizer.model").read_bytes() == (tmp_path / "back/tokenizer.model").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "there", "back"}
+
+
+def test_there_and_back_again_and_without_a_recipe(run_folder, exported, folder, tmp_path):
+    assert import_hf.main([str(exported), str(tmp_path / "back")]) == 0
     assert export_hf.main([str(tmp_path / "back"), str(tmp_path / "again")]) == 0
-    first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("there", "again"))
+    first, second = (json.loads((path / "config.json").read_text()) for path in (exported, tmp_path / "again"))
     assert first == second
-    (tmp_path / "there/training_recipe.yaml").unlink()  # the configuration alone says enough
-    assert import_hf.main([str(tmp_path / "there"), str(tmp_path / "alone")]) == 0
-    assert_same(weights_of(run), weights_of(tmp_path / "alone"))
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "there", "back", "again", "alone"}
+    (folder / "training_recipe.yaml").unlink()  # the configuration alone says enough
+    assert import_hf.main([str(folder), str(tmp_path / "alone")]) == 0
+    assert_same(weights_of(run_folder), weights_of(tmp_path / "alone"))
 
 
 def import_on_rank(folder: Path, out: Path) -> None:
