@@ -299,6 +299,27 @@ def test_fine_tuning_with_the_trainer(ids, tmp_path):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
 
 
+def test_adapters(model, ids, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[dev]'")
+    model.read(ids[:, :20]).save(tmp_path / "plain", model)
+    expected = model.generate(ids, **GREEDY)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    inner = adapted.get_base_model()
+    with pytest.raises(ValueError, match="other weights"):
+        inner.load_memory(tmp_path / "plain")
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(weight.grad is not None for name, weight in adapted.named_parameters() if "lora" in name)
+    found = adapted.generate(input_ids=ids, **GREEDY)
+    assert not torch.equal(found, expected)
+    memory = inner.read(ids[:, :20])
+    memory.save(tmp_path / "adapted", inner)
+    assert torch.equal(
+        inner.generate_from(inner.load_memory(tmp_path / "adapted"), ids[:, 20:], **GREEDY), found[:, 20:]
+    )
+    with adapted.disable_adapter():
+        assert torch.equal(adapted.generate(input_ids=ids, **GREEDY), expected)
+
+
 def test_inference_mode_leaves_a_model_that_trains(model, ids):
     with torch.inference_mode():
         cache = model.read(ids[:, :11])
