@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "em-megatron"
 EXTRA = "gpu"  # the extra whose packages are looked at too
-TRAINING_GOES_ON_WITHOUT = ("tensorboard", "matplotlib", "wandb")
+TRAINING_GOES_ON_WITHOUT = ("tensorboard", "matplotlib", "wandb", "transformers", "safetensors")
 MODULES = {"megatron-core": "megatron.core"}  # where the module is not called as the distribution
 
 
