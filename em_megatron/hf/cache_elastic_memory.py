@@ -169,7 +169,6 @@ class ElasticMemoryCache(Cache):
     """The memory of a batch between calls: constant in the length of what was read.
 
     Rows that were padded differently stand at different places; they are kept, and computed, in groups.
-
     """
 
     def __init__(self, config: ElasticMemoryConfig) -> None:
