@@ -115,6 +115,53 @@ def test_a_llama_style_model_is_the_same_within_a_block(kind, config, tokenizer,
     assert_same({name: theirs[name] for name in sorted(theirs)}, {name: ours[name] for name in sorted(ours)})
 
 
+def llama_folder(path: Path, dtype: torch.dtype = torch.float32, **changes: object) -> dict[str, torch.Tensor]:
+    """A Llama of random weights in this dtype; its tensors by name."""
+    LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes})).to(dtype).save_pretrained(path)
+    return load_file(path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "overrides", "wanted"),
+    [
+        (torch.float16, [], torch.float32),
+        (torch.bfloat16, [], torch.bfloat16),
+        (torch.float32, ["training.precision=bf16"], torch.bfloat16),
+    ],
+)
+def test_dtypes(dtype, overrides, wanted, tmp_path):
+    weights = llama_folder(tmp_path / "llama", dtype)
+    edit(tmp_path / "llama", architectures=["MistralForCausalLM"], sliding_window=None)
+    assert import_hf.main([str(tmp_path / "llama"), str(tmp_path / "run"), *SMALL, *overrides]) == 0
+    found = weights_of(tmp_path / "run")
+    assert {weight.dtype for weight in found.values()} == {wanted}
+    assert torch.equal(
+        found["decoder.layers.3.mlp.linear_fc2.weight"], weights["model.layers.1.mlp.down_proj.weight"].to(wanted)
+    )
+    config = load_config(tmp_path / "run/config.yaml")
+    assert config.training.precision == ("bf16" if wanted == torch.bfloat16 else "fp32")
+    assert (config.name, config.run_dir) == ("run", tmp_path / "run")
+
+
+def test_tied_embeddings_that_are_stored_twice(tmp_path, capsys):
+    weights = llama_folder(tmp_path / "llama", tie_word_embeddings=True)
+    assert "lm_head.weight" not in weights
+    for factor, code in ((1, 0), (2, 2)):
+        twice = {**weights, "lm_head.weight": factor * weights["model.embed_tokens.weight"]}
+        save_file(twice, tmp_path / "llama/model.safetensors")
+        assert import_hf.main([str(tmp_path / "llama"), str(tmp_path / f"run{factor}"), *SMALL]) == code
+    assert "stores an lm_head.weight of other numbers" in capsys.readouterr().err
+
+
+def test_quantised_weights_are_refused(tmp_path, capsys):
+    weights = llama_folder(tmp_path / "llama")
+    save_file(
+        {name: weight.to(torch.float8_e4m3fn) for name, weight in weights.items()}, tmp_path / "llama/model.safetensors"
+    )
+    assert import_hf.main([str(tmp_path / "llama"), str(tmp_path / "run"), *SMALL]) == 2
+    assert "stores weights as F8_E4M3: give fp32, fp16 or bf16" in capsys.readouterr().err
+
+
 @pytest.fixture
 def folder(exported, tmp_path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "folder"))
