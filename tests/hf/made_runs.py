@@ -48,6 +48,10 @@ VARIANTS = {
 }
 
 
+# Those that a change is least likely to break alone run in `make test-slow`.
+SLOW = ("no memory", "backward Euler", "one key/value head, other base")
+
+
 def config_of(*overrides: str) -> RunConfig:
     return load_config(None, [*MODEL, *overrides])
 

@@ -21,7 +21,7 @@ from em_megatron.hf.verification import Comparison, Computed, compare
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.restore import restore
 from launch import export_hf
-from tests.hf.made_runs import VARIANTS, config_of, made_run, write_from_layout
+from tests.hf.made_runs import SLOW, VARIANTS, config_of, made_run, write_from_layout
 from tests.training import corpora
 
 LAYOUTS = {
@@ -37,7 +37,7 @@ def files_of(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in VARIANTS])
 def test_export_computes_what_megatron_computes(variant, tokenizer, tmp_path, capsys):
     run = made_run(tmp_path / "run", tokenizer, *VARIANTS[variant])
     assert export_hf.main([str(run), str(tmp_path / "out")]) == 0  # compares within 1e-4, over more than three blocks
@@ -50,7 +50,9 @@ def test_export_computes_what_megatron_computes(variant, tokenizer, tmp_path, ca
     assert {weight.dtype for weight in load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=pytest.mark.slow) if x in ("pipeline", "data") else x for x in LAYOUTS]
+)
 def test_every_layout_exports_the_same_bytes(layout, ranks, tokenizer, exported, tmp_path):
     ranks(2).run(write_from_layout, tmp_path / "run", tokenizer, LAYOUTS[layout])
     source = export.open_checkpoint(tmp_path / "run", [])
