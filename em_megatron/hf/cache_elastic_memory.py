@@ -304,3 +304,28 @@ class ElasticMemoryCache(Cache):
                 layer.state = tensors.get(prefix + "state")
             cache.groups.append(group)
         return cache
+
+
+def real_tokens(attention_mask: Tensor | None, rows: int, new: int) -> Tensor | None:
+    """[rows, new] bool; None where all are real."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or len(attention_mask) != rows or attention_mask.shape[1] < new:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}: give one of [{rows}, at least {new}] that marks padding"
+        )
+    real = attention_mask[:, attention_mask.shape[1] - new :].bool()
+    return None if bool(real.all()) else real
+
+
+def refuse_packing(
+    attention_mask: Tensor | None, rows: int, new: int, position_ids: Tensor | None = None, **kwargs: Any
+) -> None:
+    """Texts packed into one row would read each other: places that start again, or lengths of parts, are an error."""
+    packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"))
+    if position_ids is not None and new > 1:
+        steps = (position_ids[..., -new:].diff(dim=-1) == 1).view(-1, new - 1).expand(rows, -1)
+        real = real_tokens(attention_mask, rows, new)
+        packed |= not bool((steps if real is None else steps | ~real[:, 1:] | ~real[:, :-1]).all())
+    if packed:
+        raise ValueError("several texts in one row would read each other's memory: give each a row, padded on the left")

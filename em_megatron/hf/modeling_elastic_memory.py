@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .cache_elastic_memory import ElasticMemoryCache, LayerMemory, RowGroup
+from .cache_elastic_memory import ElasticMemoryCache, LayerMemory, RowGroup, real_tokens, refuse_packing
 from .configuration_elastic_memory import ElasticMemoryConfig
 from .hippo_elastic_memory import HOST, MemoryReader, made_once, memory_reader
 
@@ -187,8 +187,8 @@ class ElasticMemoryModel(ElasticMemoryPreTrainedModel):
         cache = ElasticMemoryCache(self.config) if given is None else given
         if not hasattr(cache, "groups"):
             raise ValueError(f"{type(cache).__name__} cannot hold a memory: give an ElasticMemoryCache, or none")
-        _refuse_packing(attention_mask, *x.shape[:2], **kwargs)
-        real = _real_tokens(attention_mask, *x.shape[:2])
+        refuse_packing(attention_mask, *x.shape[:2], **kwargs)
+        real = real_tokens(attention_mask, *x.shape[:2])
         counts = [x.shape[1]] * len(x) if real is None else real.sum(1).tolist()
         groups = cache.split(counts)
         moved: list[tuple[RowGroup, list[LayerMemory]]] = []
@@ -228,31 +228,6 @@ class ElasticMemoryModel(ElasticMemoryPreTrainedModel):
             start = stop
         moved.append((group, layers))
         return self.norm(torch.cat(pieces, 1) if pieces else x)
-
-
-def _real_tokens(attention_mask: Tensor | None, rows: int, new: int) -> Tensor | None:
-    """[rows, new] bool; None where all are real."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or len(attention_mask) != rows or attention_mask.shape[1] < new:
-        raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}: give one of [{rows}, at least {new}] that marks padding"
-        )
-    real = attention_mask[:, attention_mask.shape[1] - new :].bool()
-    return None if bool(real.all()) else real
-
-
-def _refuse_packing(
-    attention_mask: Tensor | None, rows: int, new: int, position_ids: Tensor | None = None, **kwargs: Any
-) -> None:
-    """Texts packed into one row would read each other: places that start again, or lengths of parts, are an error."""
-    packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"))
-    if position_ids is not None and new > 1:
-        steps = (position_ids[..., -new:].diff(dim=-1) == 1).view(-1, new - 1).expand(rows, -1)
-        real = _real_tokens(attention_mask, rows, new)
-        packed |= not bool((steps if real is None else steps | ~real[:, 1:] | ~real[:, :-1]).all())
-    if packed:
-        raise ValueError("several texts in one row would read each other's memory: give each a row, padded on the left")
 
 
 class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):

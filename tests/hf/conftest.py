@@ -9,10 +9,15 @@ from pathlib import Path
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
+import copy
 
+import pytest
+import torch
+
+from em_megatron.hf.modeling_elastic_memory import ElasticMemoryForCausalLM
 from launch import export_hf
 from tests.hf.made_runs import made_run
+from tests.hf.tiny_model import make
 from tests.training import corpora
 
 
@@ -31,3 +36,18 @@ def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("exported") / "model"
     assert export_hf.main([str(run_folder), str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def shared() -> ElasticMemoryForCausalLM:
+    return make()
+
+
+@pytest.fixture
+def model(shared) -> ElasticMemoryForCausalLM:
+    return copy.deepcopy(shared)
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(3, 50, (1, 37), generator=torch.Generator().manual_seed(1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from em_megatron.hf.cache_elastic_memory import ElasticMemoryCache
-from tests.hf.test_modeling import GREEDY, left_padded, make
+from tests.hf.tiny_model import GREEDY, left_padded, make
 
 pytestmark = [
     pytest.mark.gpu,
