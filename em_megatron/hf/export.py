@@ -25,7 +25,7 @@ from em_megatron.data.manifest import TOKENIZER_NAME
 from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.hf.config_mapping import hugging_face_config
 from em_megatron.hf.generation import READER_KEYS
-from em_megatron.hf.weight_mapping import ConversionError, Row, check_complete, shapes_there, table, to_hugging_face
+from em_megatron.hf.weight_mapping import ConversionError, Row, check_complete, table, to_hugging_face
 from em_megatron.model.sizes import padded_vocab_size, shape_of
 from em_megatron.training.restore import saved_config
 
@@ -213,9 +213,3 @@ def write_tokenizer(source: Source, folder: Path) -> None:
 
     fast_tokenizer(source.vocabulary).save_pretrained(folder)
     shutil.copyfile(source.run_dir / TOKENIZER_NAME, folder / TOKENIZER_NAME)
-
-
-def expected_weights(source: Source) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the exported tensors."""
-    shape = shape_of(source.config.model)
-    return {name: size for row in source.rows for name, size in shapes_there(row, shape).items()}

@@ -18,8 +18,6 @@ from tests.tokenizer import small_corpus
 from tokenizer.scores import rounded_scores
 from tokenizer.train import train
 
-pytest.importorskip("transformers")
-
 KINDS = ["unigram", "bpe", "unigram-markup", "bpe-markup"]
 TEXTS = (*ODD_STRINGS, *small_corpus.ODD_STRINGS)
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "<|reserved_0|>", "<", "\u2581", "\ue000", "\r\n", "\x00"]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+
 import pytest
 import torch
 
+from em_megatron.config import MemoryConfig, ModelConfig
+from em_megatron.hf.config_mapping import MEMORY, MODEL, NOT_IN_HUGGING_FACE
+from em_megatron.hf.configuration_elastic_memory import ElasticMemoryConfig
 from em_megatron.hf.weight_mapping import (
     ConversionError,
     check_complete,
@@ -95,3 +101,10 @@ def test_what_does_not_match_is_named():
     ):
         with pytest.raises(ConversionError, match=words):
             check_complete(expected, found, "it")
+
+
+def test_every_field_of_a_recipe_has_a_place_there_or_is_left_out_on_purpose():
+    fields = {field.name for section in (ModelConfig, MemoryConfig) for field in dataclasses.fields(section)}
+    assert sorted([*MODEL, *MEMORY, *NOT_IN_HUGGING_FACE]) == sorted(fields)
+    there = inspect.signature(ElasticMemoryConfig).parameters
+    assert {*MODEL.values(), *MEMORY.values()} <= there.keys()
