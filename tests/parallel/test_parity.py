@@ -150,7 +150,7 @@ def check_states(ranks, model: tuple[str, ...], parts: list[Parts], expected: bo
 
 def test_the_readme_names_every_case():
     text = Path("README.md").read_text()
-    section = text[text.index("## Layouts and the tests") : text.index("## Figures")]
+    section = text[text.index("## Layouts and the tests") : text.index("## Kernels and speed")]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     assert named == set(CASES)
