@@ -139,6 +139,8 @@ class CheckpointConfig:
 
     save_interval: int = option(500, "steps between checkpoints; the last step always saves")
     keep_last: int = option(2, "complete checkpoints kept")
+    keep_every: int = option(0, "checkpoints of steps that are a multiple of this are kept for good; 0: none")
+    retry_interval: int = option(20, "steps after which a save that failed, as on a full disk, is tried again")
     asynchronous: bool = option(
         True, "write in a forked process while training goes on; false waits (and needs no second copy in memory)"
     )
@@ -150,6 +152,43 @@ class CheckpointConfig:
     resume: bool = option(
         True, "go on from the newest complete checkpoint of this run; false refuses where there is one"
     )
+
+
+@dataclass
+class FaultConfig:
+    """What a run does about bad batches, and about ranks that hang."""
+
+    skip_limit: int = option(
+        8,
+        "batches skipped (loss or gradient norm not finite, or a spike) within skip_window steps before the run stops; "
+        "0 stops at the first",
+    )
+    skip_window: int = option(1000, "steps over which skipped batches are counted")
+    spike_factor: float = option(
+        0.0,
+        "a batch is a spike, and skipped, where its loss is above the median of the last spike_window losses by more "
+        "than this many times their usual distance from it (median absolute deviation / 0.6745); 0: never",
+    )
+    spike_window: int = option(128, "losses that a spike is measured against; no spike is seen before so many")
+    hang_minutes: float = option(
+        15.0,
+        "a rank without progress for so long writes the stacks of its threads to runs/NAME/stacks and ends, so that the "
+        "run can be restarted; three times as long up to the end of the first step, which compiles kernels; 0: never",
+    )
+
+
+@dataclass
+class ProfilingConfig:
+    """A window of steps under a profiler."""
+
+    tool: str = option(
+        "torch",
+        "torch (Chrome traces and tables of operators in runs/NAME/profile) or nsys (marks the window for `nsys "
+        "profile --capture-range=cudaProfilerApi`, an NVTX range for each step; needs a GPU)",
+    )
+    first_step: int = option(0, "first step of the window, from 1; 0: no profiling")
+    steps: int = option(3, "steps in the window, after one step of warm-up")
+    ranks: list[int] = option([0], "ranks that are profiled")
 
 
 @dataclass
@@ -169,6 +208,11 @@ class LoggingConfig:
     wandb: str = option("auto", "auto (online with a key, else offline), online, offline, disabled")
     wandb_project: str = option("em-megatron", "wandb project")
     progress: bool = option(True, "one progress bar on rank 0")
+    communication_interval: int = option(
+        200,
+        "steps between measurements of the share of time spent in communication, and of the slowest rank, by profiling "
+        "one step; 0: never",
+    )
 
 
 @dataclass
@@ -185,8 +229,10 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     @property
     def run_dir(self) -> Path:
@@ -248,7 +294,8 @@ def describe_options() -> str:
 def _options(cls: type, prefix: str) -> Iterator[tuple[str, object, str]]:
     for item in dataclasses.fields(cls):
         if "help" in item.metadata:
-            default = [] if item.default is dataclasses.MISSING else item.default
+            factory = item.default_factory
+            default = item.default if factory is dataclasses.MISSING else factory()
             yield f"{prefix}{item.name}", "required" if default == MISSING else default, item.metadata["help"]
         elif item.default_factory is not dataclasses.MISSING:
             yield from _options(type(item.default_factory()), f"{item.name}.")

@@ -25,6 +25,7 @@ CHOICES = {
     "training.recompute": ("none", "selective", "full"),
     "parallel.memory_handoff": ("auto", *HANDOFFS),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "profiling.tool": ("torch", "nsys"),
     "logging.wandb": ("auto", "online", "offline", "disabled"),
 }
 AT_LEAST_ONE = [
@@ -48,6 +49,10 @@ AT_LEAST_ONE = [
     "training.micro_batch_size",
     "checkpoint.save_interval",
     "checkpoint.keep_last",
+    "checkpoint.retry_interval",
+    "faults.skip_window",
+    "faults.spike_window",
+    "profiling.steps",
     "logging.interval",
 ]
 
@@ -56,6 +61,12 @@ AT_LEAST_ZERO = [
     "seed",
     "memory.superchunk",
     "data.prefetch",
+    "checkpoint.keep_every",
+    "faults.skip_limit",
+    "faults.spike_factor",
+    "faults.hang_minutes",
+    "profiling.first_step",
+    "logging.communication_interval",
     "training.stop_after_steps",
     "optimizer.wsd_decay_steps",
     "optimizer.weight_decay",
