@@ -29,13 +29,16 @@ def writing_name(step: int) -> str:
     return f".{step_name(step)}.writing"
 
 
-def finish(folder: Path, step: int, texts: dict[str, str], facts: dict[str, Any]) -> None:
-    """Write the text files and then the marker, which lists every file of `folder` and carries `facts`."""
+def finish(folder: Path, step: int, texts: dict[str, str], facts: dict[str, Any], sums: dict[str, str]) -> None:
+    """Write the text files and then the marker, which lists every file of `folder` and carries `facts`.
+
+    `sums` are the checksums of the tensors' files, as their writers took them.
+    """
     for name, text in texts.items():
         _write(folder / name, text)
     for path in folder.iterdir():
         _sync(path)
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    files = {path.name: _describe(path, sums) for path in sorted(folder.iterdir())}
     _write(folder / MARKER, json.dumps({"step": step, **facts, "files": files}, indent=1))
     _sync(folder)
 
@@ -51,9 +54,14 @@ def replace_step(root: Path, writing: Path, step: int) -> Path:
     return final
 
 
-def retain(root: Path, keep_last: int) -> None:
-    """Delete whole checkpoints older than the newest `keep_last`; a half-deleted one never has a valid name."""
+def retain(root: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Delete whole checkpoints older than the newest `keep_last`, but for those of a step that `keep_every` divides.
+
+    A half-deleted one never has a valid name.
+    """
     for step in complete_steps(root)[:-keep_last]:
+        if keep_every and step % keep_every == 0:
+            continue
         doomed = root / f".{step_name(step)}.deleting"
         (root / step_name(step)).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -123,7 +131,19 @@ def damage(folder: Path) -> str:
             return f"{name} is missing"
         if path.stat().st_size != facts["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
-        if "sha256" in facts and _sha256(path) != facts["sha256"]:
+        if facts["bytes"] <= _HASHED_BYTES and "sha256" in facts and sha256(path) != facts["sha256"]:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def altered_file(folder: Path, part: int, parts: int) -> str:
+    """Why the large files of a checkpoint, of which every `parts`-th is read here, are not what was written; empty if they are.
+
+    It reads them whole: all parts together read as many bytes as a run that loads the checkpoint.
+    """
+    large = [(name, facts) for name, facts in read_marker(folder)["files"].items() if facts["bytes"] > _HASHED_BYTES]
+    for name, facts in large[part::parts]:
+        if "sha256" in facts and sha256(folder / name) != facts["sha256"]:
             return f"{name} has changed since it was written"
     return ""
 
@@ -133,13 +153,16 @@ def read_marker(folder: Path) -> dict[str, Any]:
     return marker
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path, sums: dict[str, str]) -> dict[str, Any]:
     size = path.stat().st_size
-    return {"bytes": size, "sha256": _sha256(path)} if size <= _HASHED_BYTES else {"bytes": size}
+    if path.name in sums:
+        return {"bytes": size, "sha256": sums[path.name]}
+    return {"bytes": size, "sha256": sha256(path)} if size <= _HASHED_BYTES else {"bytes": size}
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,8 +2,8 @@
 
 A checkpoint is written to `.step_00000020.writing` and renamed to `step_00000020` when it is whole: megatron.core's
 distributed checkpoint (weights, optimizer, RNG states, what the caller adds), train_state.json, config.yaml, and
-COMPLETE, which lists the size of every file and the SHA-256 of the small ones. A folder without COMPLETE, or whose
-files differ from it, is never loaded.
+COMPLETE, which lists the size and the SHA-256 of every file. A folder without COMPLETE, or whose files differ from it,
+is never loaded.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from em_megatron.checkpoint.compatibility import check_same_model, sharded_extra
 from em_megatron.checkpoint.contents import StoredTensor, stored_tensors
 from em_megatron.checkpoint.folder import (
     CheckpointError,
+    altered_file,
     clean_leftovers,
     complete_steps,
     damage,
@@ -34,7 +35,7 @@ from em_megatron.checkpoint.folder import (
 )
 from em_megatron.checkpoint.optimizer_formats import SHARDING_TYPE, adapt, check_groups, members, read_fp32_masters
 from em_megatron.checkpoint.random_state import RNG_KEY, restore_rng, sharded_rng
-from em_megatron.checkpoint.ranks import on_rank_zero, require_shared
+from em_megatron.checkpoint.ranks import from_all_ranks, on_rank_zero, require_shared
 from em_megatron.checkpoint.writing import BackgroundWriter, write
 
 if TYPE_CHECKING:
@@ -50,18 +51,19 @@ _METADATA = {
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in `root`, of which the newest `keep_last` are kept.
+    """The checkpoints of one run, in `root`: the newest `keep_last` are kept, and those whose step `keep_every` divides.
 
     Every method is called by all ranks together and gives or raises the same on all of them.
     """
 
-    def __init__(self, root: Path, keep_last: int) -> None:
+    def __init__(self, root: Path, keep_last: int, keep_every: int = 0) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}, but at least 1 checkpoint must be kept.")
         self.root = Path(root)
         self.keep_last = keep_last
+        self.keep_every = keep_every
         # The save that finalize() will complete: what writes its tensors, and what is left to do after that.
-        self._pending: tuple[BackgroundWriter, Callable[[], Path]] | None = None
+        self._pending: tuple[BackgroundWriter, Callable[[dict[str, str]], Path]] | None = None
 
     def save(
         self,
@@ -104,8 +106,8 @@ class CheckpointStore:
         if asynchronous:
             self._pending = BackgroundWriter(state, folder), complete
             return self.root / step_name(step)
-        write(state, folder)
-        return on_rank_zero(complete)
+        sums = write(state, folder)
+        return on_rank_zero(partial(complete, sums))
 
     def finalize(self, blocking: bool = False) -> Path | None:
         """Complete the asynchronous save whose tensors are written on all ranks; returns its folder, else None.
@@ -121,23 +123,32 @@ class CheckpointStore:
         if not writer.ended(blocking):
             self._pending = pending
             return None
-        return on_rank_zero(complete)
+        sums = writer.checksums()
+        return on_rank_zero(partial(complete, sums))
 
     def latest(self, *, resuming: bool = False) -> Path | None:
         """The newest whole checkpoint, None without any; damaged ones are passed over with a warning.
 
-        With `resuming` it first removes what a killed save left. Leave it False where only reading is meant, such as
-        evaluation: the run may be alive and in the middle of a save. A pending save of this store is left alone.
+        With `resuming` it first removes what a killed save left, and the ranks share the reading of every byte of the
+        newest one. Leave it False where only reading is meant, such as evaluation: the run may be alive and in the
+        middle of a save. A pending save of this store is left alone.
         """
         pending = self._pending[0].folder.name if self._pending else ""
 
-        def newest() -> Path | None:
+        def whole() -> list[Path]:
             if resuming:
                 clean_leftovers(self.root, keep=pending)
-            steps = complete_steps(self.root)
-            return self.root / step_name(steps[-1]) if steps else None
+            return [self.root / step_name(step) for step in complete_steps(self.root)]
 
-        return on_rank_zero(newest)
+        for folder in reversed(on_rank_zero(whole)):
+            if not resuming:
+                return folder
+            reasons = [reason for reason in from_all_ranks(_altered(folder)) if reason]
+            if not reasons:
+                return folder
+            if dist.get_rank() == 0:
+                logger.warning("Checkpoint %s is passed over: %s.", folder, reasons[0])
+        return None
 
     def load(
         self,
@@ -196,13 +207,20 @@ class CheckpointStore:
         folder.mkdir()
         return document
 
-    def _complete(self, step: int, texts: dict[str, str], facts: dict[str, Any]) -> Path:
+    def _complete(self, step: int, texts: dict[str, str], facts: dict[str, Any], sums: dict[str, str]) -> Path:
         """What is left to do, by one rank, when all tensors are written."""
         folder = self.root / writing_name(step)
-        finish(folder, step, texts, facts)
+        finish(folder, step, texts, facts, sums)
         final = replace_step(self.root, folder, step)
-        retain(self.root, self.keep_last)
+        retain(self.root, self.keep_last, self.keep_every)
         return final
+
+
+def _altered(folder: Path) -> str:
+    try:
+        return altered_file(folder, dist.get_rank(), dist.get_world_size())
+    except OSError as error:
+        return str(error)
 
 
 def _read_documents(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, StoredTensor]]:

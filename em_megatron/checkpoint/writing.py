@@ -13,20 +13,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from em_megatron.checkpoint.folder import CheckpointError
-from em_megatron.checkpoint.ranks import on_rank_zero
+from em_megatron.checkpoint.folder import CheckpointError, sha256
+from em_megatron.checkpoint.ranks import from_all_ranks, on_rank_zero
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def write(state: dict[str, Any], folder: Path) -> None:
-    """Write the sharded state into `folder`; CheckpointError on every rank if one could not."""
+def write(state: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Write the sharded state into `folder`; gives file → SHA-256 of the tensors of all ranks.
+
+    CheckpointError on every rank if one could not.
+    """
     from megatron.core import dist_checkpointing
 
-    with _results_through(queue.Queue()), _failures_as_checkpoint_error(folder):
+    with _results_through(queue.Queue()), _failures_as_checkpoint_error(folder), _rank_zero_failures() as failures:
         dist_checkpointing.save(state, str(folder), _parallel_over_replicas())
+    _raise_on_all_ranks(folder, failures)
+    return _merged(folder, partial(_checksums, folder, dist.get_rank()))
 
 
 class BackgroundWriter:
@@ -41,13 +47,16 @@ class BackgroundWriter:
         from megatron.core import dist_checkpointing
 
         self.folder = folder
-        results = ResultsFile()
+        results, self._sums = ResultsFile(), ResultsFile()
         with _results_through(results):
             request = dist_checkpointing.save(
                 state, str(folder), _parallel_over_replicas(), async_sharded_save=True, async_strategy="mcore"
             )
         if request.async_fn is not None:  # None where this rank has nothing to write
-            request = request._replace(async_fn=_ended_with_this_process(request.async_fn))
+            work = _then_checksums(request.async_fn, folder, dist.get_rank(), self._sums)
+            request = request._replace(async_fn=_ended_with_this_process(work))
+        else:
+            self._sums.put({})
         self._calls = _start(request, results)
 
     def ended(self, blocking: bool) -> bool:
@@ -56,8 +65,15 @@ class BackgroundWriter:
         Called by all ranks together: one all-reduce of an integer, and a few more at the end. Raises CheckpointError
         on every rank if one could not write.
         """
-        with _failures_as_checkpoint_error(self.folder):
-            return bool(self._calls.maybe_finalize_async_calls(blocking=blocking))
+        with _failures_as_checkpoint_error(self.folder), _rank_zero_failures() as failures:
+            ended = bool(self._calls.maybe_finalize_async_calls(blocking=blocking))
+        if ended:
+            _raise_on_all_ranks(self.folder, failures)
+        return ended
+
+    def checksums(self) -> dict[str, str]:
+        """File → SHA-256 of the tensors' files of all ranks, once `ended`."""
+        return _merged(self.folder, self._sums.get_nowait)
 
 
 class ResultsFile:
@@ -97,6 +113,35 @@ def _start(request: Any, results: ResultsFile) -> Any:
         calls = AsyncCallsQueue(persistent=False)
         calls.schedule_async_request(request._replace(async_fn=None))
     return calls
+
+
+def _then_checksums(function: Callable[..., None], folder: Path, rank: int, sums: ResultsFile) -> Callable[..., None]:
+    """`function`, and then the checksums of what it wrote, taken in the same process."""
+
+    def work(*args: Any) -> None:
+        function(*args)
+        sums.put(_checksums(folder, rank))
+
+    return work
+
+
+def _checksums(folder: Path, rank: int) -> dict[str, str]:
+    """File → SHA-256 of this rank's files of tensors."""
+    return {path.name: sha256(path) for path in sorted(folder.glob(f"__{rank}_*.distcp"))}
+
+
+def _merged(folder: Path, mine: Callable[[], Any]) -> dict[str, str]:
+    """The checksums of all ranks; CheckpointError on every rank if one has none."""
+    found: Any
+    try:
+        found = mine()
+    except OSError as error:
+        found = error
+    everyone = from_all_ranks(found)
+    for rank, sums in enumerate(everyone):
+        if isinstance(sums, Exception):
+            raise CheckpointError(f"{folder} could not be read back by rank {rank} ({sums})")
+    return {name: value for sums in everyone for name, value in sums.items()}
 
 
 def _ended_with_this_process(function: Callable[..., None]) -> Callable[..., None]:
@@ -149,6 +194,42 @@ def _failures_as_checkpoint_error(folder: Path) -> Iterator[None]:
         # What failed is known on rank 0 alone.
         failures = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
         reason = on_rank_zero(lambda: next(iter(failures), "unknown reason"))
-        raise CheckpointError(
-            f"{folder} could not be written ({reason}); the checkpoints before it are whole"
-        ) from None
+        raise _not_written(folder, reason) from None
+
+
+def _not_written(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{folder} could not be written ({reason}); the checkpoints before it are whole")
+
+
+def _raise_on_all_ranks(folder: Path, failures: list[str]) -> None:
+    if reason := on_rank_zero(lambda: next(iter(failures), "")):
+        raise _not_written(folder, reason)
+
+
+@contextmanager
+def _rank_zero_failures() -> Iterator[list[str]]:
+    """Collects the failures of what Megatron writes on rank 0 alone (the list of tensors, its own description).
+
+    Megatron would raise them there while the other ranks wait. Here it goes on as if it were written.
+    """
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    found: list[str] = []
+
+    def held(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            try:
+                function(*args)
+            except OSError as error:
+                found.append(f"rank 0: {error}")
+
+        return call
+
+    writer = filesystem_async.FileSystemWriterAsync
+    finish, save_config = writer.finish, serialization.save_config
+    writer.finish, serialization.save_config = held(finish), held(save_config)
+    try:
+        yield found
+    finally:
+        writer.finish, serialization.save_config = finish, save_config

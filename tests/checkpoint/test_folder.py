@@ -28,7 +28,7 @@ def write_step(root: Path, step: int, content: str) -> Path:
     writing = root / writing_name(step)
     writing.mkdir()
     (writing / "__0_0.distcp").write_text(content)
-    finish(writing, step, {"train_state.json": "{}"}, {"layout": {}})
+    finish(writing, step, {"train_state.json": "{}"}, {"layout": {}}, {})
     return replace_step(root, writing, step)
 
 
