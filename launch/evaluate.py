@@ -33,6 +33,7 @@ def main() -> int:
     from em_megatron.data.manifest import DataError
     from em_megatron.evaluation.report import evaluate_checkpoint, write_report
     from em_megatron.parallel.launcher import end_with_launcher, leave
+    from em_megatron.parallel.outcome import report_outcome
     from em_megatron.parallel.process_groups import shutdown
     from em_megatron.training.restore import restore
 
@@ -45,7 +46,10 @@ def main() -> int:
         if rank == 0:
             print(write_report(run, found, arguments.output or run.checkpoint.parent.parent / "evaluation"))
     except (ConfigError, CheckpointError, DataError) as error:
+        report_outcome("refused")
         leave(error, 2, on_all_ranks=not isinstance(error, DataError))
+    if rank == 0:
+        report_outcome("finished")
     shutdown()
     return 0
 

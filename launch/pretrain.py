@@ -9,13 +9,16 @@ import sys
 import traceback
 
 from em_megatron.config import ConfigError, RunConfig, describe_options, load_config
+from em_megatron.parallel.outcome import report_outcome
+from em_megatron.training.stopping import StopRequest
 
 
 def parse() -> RunConfig:
     parser = argparse.ArgumentParser(
         prog="pretrain.py",
         description="Pretrains a language model with Elastic Memory on Megatron-Core. Calling it again goes on from "
-        "the newest complete checkpoint. On several processes: torchrun --nproc-per-node=N launch/pretrain.py ...",
+        "the newest complete checkpoint. SIGUSR1 and SIGTERM save and end. On several processes: "
+        "torchrun --nproc-per-node=N launch/pretrain.py ...; on a cluster: sbatch slurm/pretrain_1b.sh.",
         epilog=describe_options(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -26,6 +29,7 @@ def parse() -> RunConfig:
 
 
 def main() -> int:
+    stop = StopRequest().catch()  # before torch is imported, which takes seconds
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -35,6 +39,7 @@ def main() -> int:
         validate(config, world_size)
     except ConfigError as error:
         if rank == 0:
+            report_outcome("refused")
             print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -52,12 +57,16 @@ def main() -> int:
         run = set_up(config, world_size)
         if rank == 0:
             print(describe_run(run), flush=True)
-        train(run)
+        outcome = train(run, stop)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+        report_outcome("refused")
         leave(error, 2 if isinstance(error, ConfigError) else 1, on_all_ranks=not isinstance(error, DataError))
     except BaseException as error:
+        report_outcome("failed")
         traceback.print_exc()
         leave(error, 1, on_all_ranks=False)
+    if rank == 0:
+        report_outcome(outcome, run.state.step)
     shutdown()
     return 0
 

@@ -24,6 +24,7 @@ from em_megatron.benchmark.results import Chart, Findings, Rows, Target
 from em_megatron.benchmark.timing import Call, Candidate
 from em_megatron.model.language_model import PRECISIONS
 from em_megatron.model.sizes import flops_per_token, num_parameters, padded_vocab_size, shape_of
+from em_megatron.training.bad_batches import BadBatches
 from em_megatron.training.metrics import peak_flops
 from em_megatron.training.microbatch import MicroBatch
 from em_megatron.training.optimizer import build_optimizer, build_scheduler
@@ -70,7 +71,8 @@ class StepBenchmark:
             def step() -> object:
                 self.exchange.put(name)
                 feed: Iterator[MicroBatch] = iter([batch] * options.batch)
-                return train_step(config, self.layout, self.model, self.optimizer, self.scheduler, [feed])
+                bad = BadBatches(config.faults)
+                return train_step(config, self.layout, self.model, self.optimizer, self.scheduler, [feed], bad)
 
             return step
 

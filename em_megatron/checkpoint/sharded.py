@@ -126,6 +126,10 @@ class CheckpointStore:
         sums = writer.checksums()
         return on_rank_zero(partial(complete, sums))
 
+    def discard_failed(self) -> None:
+        """Removes what a failed save left, which takes room on a disk that may be full. No save may be pending."""
+        on_rank_zero(lambda: clean_leftovers(self.root))
+
     def latest(self, *, resuming: bool = False) -> Path | None:
         """The newest whole checkpoint, None without any; damaged ones are passed over with a warning.
 

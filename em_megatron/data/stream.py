@@ -16,6 +16,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,12 +167,19 @@ class TokenStream:
         count: only so many, evenly spread over the corpus; 0 gives all. Of these, data-parallel rank r of n builds
         the r-th, (r+n)-th, ... and no other.
         """
-        lengths = self.reader.document_lengths
-        packed = pack(lengths, np.arange(len(lengths)), self.sequence_length, self.block_length)
-        total = packed.num_samples
-        wanted = min(count or total, total)
+        total, wanted = self._validation.num_samples, self.num_validation_samples(count)
         for index in [i * total // wanted for i in range(wanted)][data_parallel_rank::data_parallel_size]:
-            yield self._build(packed, index)
+            yield self._build(self._validation, index)
+
+    def num_validation_samples(self, count: int = 0) -> int:
+        """How many samples `validation_samples` of all data-parallel ranks give."""
+        total = self._validation.num_samples
+        return min(count or total, total)
+
+    @cached_property
+    def _validation(self) -> PackedIndex:
+        lengths = self.reader.document_lengths
+        return pack(lengths, np.arange(len(lengths)), self.sequence_length, self.block_length)
 
     def _build(
         self, packed: PackedIndex, index: int, history: int = 0, continues: bool = False, slot: int = 0

@@ -6,7 +6,7 @@ A document longer than a sample is cut, and the memory of each piece starts empt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -71,7 +71,8 @@ def evaluate(
     stream: TokenStream,
     token_bytes: Tensor,
     max_samples: int = 0,
-) -> dict[str, Any]:
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """One pass over the held-out samples, each read once by one data-parallel rank.
 
     Args:
@@ -81,9 +82,10 @@ def evaluate(
         stream: the held-out split.
         token_bytes: [vocab] text bytes per token id.
         max_samples: read only so many, evenly spread; 0 reads all.
+        interrupted: asked before every round of batches, by all ranks together, who are told alike.
 
     Returns:
-        What `summarise` gives, over all ranks, on every rank.
+        What `summarise` gives, over all ranks, on every rank; None where it was interrupted.
     """
     device = next(model[0].parameters()).device
     width = max(1, config.memory.block_length // POSITION_BINS_PER_BLOCK)
@@ -91,25 +93,41 @@ def evaluate(
     was_training = [chunk.training for chunk in model]
     for chunk in model:
         chunk.eval()
+    whole = True
     with torch.no_grad():
         for group in _my_batches(stream, max_samples, layout, config, device):
+            if interrupted():
+                whole = False
+                break
+            if group is None:
+                continue
             size, feeds = group[0].tokens.shape[0], [iter(group) for _ in model]
             found = run_schedule(token_loss_step, feeds, model, config, len(group), size, forward_only=True)
             for batch, losses in zip(group, found, strict=False):  # nothing is found before the last pipeline stage
                 tally.add(batch, losses)
     for chunk, training in zip(model, was_training, strict=True):
         chunk.train(training)
+    if not whole:
+        return None
     return summarise(sum_over_world(tally.sums, is_reporting_rank(layout)), width)
 
 
 def _my_batches(
     stream: TokenStream, max_samples: int, layout: Layout, config: RunConfig, device: torch.device
-) -> Iterator[list[MicroBatch]]:
+) -> Iterator[list[MicroBatch] | None]:
     """This data-parallel rank's micro-batches, as many at a time as a schedule takes: one, or, interleaved, one for
-    each pipeline stage, the last of them filled up with samples whose tokens do not count."""
+    each pipeline stage, the last of them filled up with samples whose tokens do not count.
+
+    Every rank has as many rounds; None where others have a sample more.
+    """
     rows, together = config.training.micro_batch_size, layout.pp_size if layout.vpp_size else 1
     mine = stream.validation_samples(max_samples, layout.dp_rank, layout.dp_size)
-    while group := list(islice(mine, rows * together)):
+    most = -(-stream.num_validation_samples(max_samples) // layout.dp_size)
+    for _ in range(-(-most // (rows * together))):
+        group = list(islice(mine, rows * together))
+        if not group:
+            yield None
+            continue
         if together > 1:
             idle = {**group[-1], "loss_mask": np.zeros_like(group[-1]["loss_mask"])}
             group += [idle] * (rows * together - len(group))

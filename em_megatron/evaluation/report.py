@@ -31,6 +31,7 @@ def evaluate_checkpoint(run: Restored, samples: int, with_references: bool) -> d
     stream = corpus.stream(run.config, "validation")
     token_bytes = torch.as_tensor(run.vocabulary.token_bytes)
     found = evaluate(run.config, run.layout, run.model, stream, token_bytes, samples)
+    assert found is not None
     if with_references:
         found["references"] = reference_bits_per_byte(corpus.path)
     return found

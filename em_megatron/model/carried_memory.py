@@ -51,6 +51,12 @@ class CarriedMemory:
         """Ends a step: what was written becomes what is read."""
         self._now, self._next = self._next, {}
 
+    def clear_nonfinite(self) -> None:
+        """States that hold a number which is not finite become zeros: as if that history had been silent."""
+        for key, state in self._now.items():
+            if not torch.isfinite(state).all():
+                self._now[key] = torch.zeros_like(state)
+
     @property
     def num_bytes(self) -> int:
         """Bytes held for the next step."""

@@ -1,6 +1,8 @@
 """The training loop.
 
 data → step (forward, backward, reduce, update) → log → validate → save
+
+All ranks take every decision together: to skip a batch, to stop because one of them was asked to, to save again later.
 """
 
 from __future__ import annotations
@@ -14,57 +16,74 @@ from em_megatron.checkpoint.folder import CheckpointError, complete_steps, step_
 from em_megatron.data.stream import TokenStream
 from em_megatron.evaluation.perplexity import evaluate
 from em_megatron.model.sizes import flops_per_token, memory_floats_per_sequence, padded_vocab_size
-from em_megatron.training.metrics import MetricLog, Throughput
+from em_megatron.training.metrics import MetricLog, Throughput, finite
+from em_megatron.training.saving import Saver
 from em_megatron.training.setup import Run
 from em_megatron.training.step import StepResult, TrainingError, train_step
+from em_megatron.training.stopping import StopRequest
+from em_megatron.training.watchdog import SAVING, Watchdog
+
+SKIPPED = "skipped.jsonl"
 
 
-def train(run: Run) -> None:
-    """Trains `run` from where it stands to its last step, or for `training.stop_after_steps`.
+def train(run: Run, stop: StopRequest | None = None) -> str:
+    """Trains `run` from where it stands to its last step, or for `training.stop_after_steps`, or until `stop` is asked for.
+
+    Returns:
+        "finished" at the last step of the run; "paused" before it, by stop_after_steps; "stopped", by a signal. The state
+        is saved in each case.
 
     Raises:
-        TrainingError: loss or gradient not finite; names the batch's samples and the newest checkpoint.
+        TrainingError: too many batches were skipped; names their samples and the newest checkpoint.
         DataError: a shard turned out to be damaged.
+        CheckpointError: the last checkpoint could not be written.
     """
-    config, state = run.config, run.state
+    config, state, stop = run.config, run.state, stop or StopRequest()
     last_step = config.training.train_steps
     if config.training.stop_after_steps:
         last_step = min(last_step, state.step + config.training.stop_after_steps)
     state.wandb_id = state.wandb_id or uuid.uuid4().hex[:12]
+    rank = torch.distributed.get_rank()
     data = run.training_data()
     # Every chunk of the model reads the same micro-batches.
     feeds = tee(data, len(run.model)) if len(run.model) > 1 else (data,)
     held_out = run.corpus.stream(config, "validation") if config.validation.interval else None
-    metrics = MetricLog(config, state.step, state.wandb_id, active=torch.distributed.get_rank() == 0)
+    metrics = MetricLog(config, state.step, state.wandb_id, active=rank == 0)
+    saver = Saver(run, metrics.say)
+    watchdog = Watchdog(config.run_dir / "stacks", rank, config.faults.hang_minutes, stop).start()
     speed, tokens_since_row, exit_code = _throughput(run), 0, 1
+    validation = _Validation(run, held_out, metrics, stop, watchdog)
     try:
-        while state.step < last_step:
-            try:
-                result = train_step(config, run.layout, run.model, run.optimizer, run.scheduler, feeds)
-            except TrainingError as error:  # on all ranks alike
-                raise TrainingError(_explain(run, error)) from None
-            if run.carried is not None:
-                run.carried.advance()
-            state.step += 1
-            state.consumed_samples += config.training.global_batch_size
-            state.consumed_tokens += result.tokens
+        stopping = stop.agreed() or validation.stopped_if_owed()
+        while state.step < last_step and not stopping:
+            watchdog.beat(f"step {state.step + 1}")
+            result = train_step(config, run.layout, run.model, run.optimizer, run.scheduler, feeds, run.bad, stop.here)
+            _advance(run, result)
             tokens_since_row += result.tokens
-            ends = state.step == last_step
+            if result.skipped:
+                _skip(run, result, metrics)
+            ends, stopping = state.step == last_step, result.stop
             if ends or state.step % config.logging.interval == 0:
                 metrics.train_row(_row(run, result) | speed.read(tokens_since_row))
                 tokens_since_row = 0
-            if held_out is not None and (ends or state.step % config.validation.interval == 0):
-                with speed.paused():
-                    metrics.validation_row({"step": state.step} | _validate(run, held_out))
-            run.store.finalize()
-            if ends or state.step % config.checkpoint.save_interval == 0:
-                with speed.paused():
-                    run.save()
-        run.store.finalize(blocking=True)
+            state.owes_validation = held_out is not None and (ends or state.step % config.validation.interval == 0)
+            with speed.paused():
+                stopping = stopping or validation.stopped_if_owed()
+                watchdog.beat(SAVING)
+                saver.poll()
+                if saver.due() and not (ends or stopping):
+                    saver.save()
+            watchdog.first_step_done()
+        watchdog.beat(SAVING)
+        saver.last()
         exit_code = 0
     finally:
         data.close()
+        watchdog.stop()
         metrics.close(exit_code)
+    if stopping and (state.step < last_step or state.owes_validation):
+        return "stopped"
+    return "finished" if state.step >= config.training.train_steps else "paused"
 
 
 def _row(run: Run, result: StepResult) -> dict[str, float]:
@@ -79,22 +98,88 @@ def _row(run: Run, result: StepResult) -> dict[str, float]:
     }
 
 
-def _validate(run: Run, held_out: TokenStream) -> dict[str, object]:
-    token_bytes = torch.as_tensor(run.corpus.vocabulary.token_bytes)
-    return evaluate(run.config, run.layout, run.model, held_out, token_bytes, run.config.validation.samples)
+class _Validation:
+    """Held-out loss where a step owes one, given up where the run is asked to stop, and then still owed."""
+
+    def __init__(
+        self, run: Run, held_out: TokenStream | None, metrics: MetricLog, stop: StopRequest, watchdog: Watchdog
+    ) -> None:
+        self._run, self._held_out, self._metrics = run, held_out, metrics
+        self._stop, self._watchdog = stop, watchdog
+
+    def stopped_if_owed(self) -> bool:
+        """Validates if the last step owes it; whether that was interrupted."""
+        run, state = self._run, self._run.state
+        if not state.owes_validation or self._held_out is None:
+            return False
+        token_bytes = torch.as_tensor(run.corpus.vocabulary.token_bytes)
+        samples = run.config.validation.samples
+        found = evaluate(
+            run.config, run.layout, run.model, self._held_out, token_bytes, samples, interrupted=self._interrupted
+        )
+        if found is None:
+            return True
+        state.owes_validation = False
+        self._metrics.validation_row({"step": state.step} | found)
+        return False
+
+    def _interrupted(self) -> bool:
+        self._watchdog.beat(f"validation after step {self._run.state.step}")
+        return self._stop.agreed()
 
 
-def _explain(run: Run, error: TrainingError) -> str:
+def _advance(run: Run, result: StepResult) -> None:
+    """Counts a step, and makes the memories that it wrote those that the next one reads."""
+    if run.carried is not None:
+        run.carried.advance()
+        if result.skipped:
+            run.carried.clear_nonfinite()
+    run.state.step += 1
+    run.state.consumed_samples += run.config.training.global_batch_size
+    run.state.consumed_tokens += result.tokens
+
+
+def _skip(run: Run, result: StepResult, metrics: MetricLog) -> None:
+    """Writes down the batch of the step that was just counted.
+
+    Raises:
+        TrainingError: it is one too many.
+    """
+    faults, last = run.config.faults, run.state.consumed_samples - 1
+    first = last + 1 - run.config.training.global_batch_size
+    row = {
+        "step": run.state.step,
+        "first_sample": first,
+        "last_sample": last,
+        "reason": result.skipped,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "data_identity": run.state.data_identity,
+    }
+    count = run.bad.skip(finite(row))
+    if torch.distributed.get_rank() == 0:
+        run.bad.write(run.config.run_dir / SKIPPED)
+    what = f"step {run.state.step} (samples {first} to {last}): {result.skipped}"
+    if run.bad.spoilt(run.model):
+        raise TrainingError(f"{what}; weights are not finite, so no batch can do better; {_newest(run)}")
+    if count > faults.skip_limit:
+        limit = f"{count} batches were skipped within {faults.skip_window} steps and faults.skip_limit is {faults.skip_limit}"
+        raise TrainingError(f"{what}; no weight was changed; {limit}; {_newest(run)}")
+    metrics.say(f"warning: {what}; the batch is skipped ({count} of at most {faults.skip_limit})")
+
+
+def _newest(run: Run) -> str:
+    failure = ""
     try:
         run.store.finalize(blocking=True)
-    except CheckpointError as failure:
-        error = TrainingError(f"{error} (and {failure})")
-    first = run.state.consumed_samples
-    last = first + run.config.training.global_batch_size - 1
+    except CheckpointError as error:
+        failure = f" ({error})"
     steps = complete_steps(run.store.root)
     newest = f"{run.store.root / step_name(steps[-1])} is whole" if steps else "no checkpoint was written yet"
-    step = run.state.step + 1
-    return f"step {step} (samples {first} to {last}): {error}; {newest}: lower optimizer.lr or look at the samples"
+    return (
+        f"{newest}{failure}: lower optimizer.lr, or look at the batches with launch/replay.py {run.config.run_dir} "
+        f"(listed in {SKIPPED})"
+    )
 
 
 def _throughput(run: Run) -> Throughput:

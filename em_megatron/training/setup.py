@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from em_megatron.model.language_model import attach_carried_memory, build_model,
 from em_megatron.model.sizes import padded_vocab_size, shape_of
 from em_megatron.parallel import cpu_backend
 from em_megatron.parallel.process_groups import Layout, initialize
+from em_megatron.training.bad_batches import BadBatches
 from em_megatron.training.microbatch import MicroBatch, micro_batches
 from em_megatron.training.optimizer import build_optimizer, build_scheduler
 from em_megatron.validate import validate
@@ -45,11 +46,7 @@ FIXED = (
     "data.sequence_length",
     "memory.block_length",
     "memory.carry_memory",
-    *(
-        f"model.{field.name}"
-        for field in dataclasses.fields(ModelConfig)
-        if field.name not in ("size", "hidden_dropout")
-    ),
+    *(f"model.{item.name}" for item in dataclasses.fields(ModelConfig) if item.name not in ("size", "hidden_dropout")),
 )
 
 
@@ -110,6 +107,8 @@ class TrainState:
     consumed_tokens: int = 0
     data_identity: str = ""
     wandb_id: str = ""
+    owes_validation: bool = False
+    bad_batches: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -125,11 +124,16 @@ class Run:
     scheduler: Any
     store: CheckpointStore
     state: TrainState
+    bad: BadBatches
     carried: CarriedMemory | None = None
 
-    def save(self) -> None:
-        """Writes a checkpoint of this step, in the background if the run says so: `store.finalize` completes it."""
-        self.store.save(
+    def save(self) -> Path:
+        """Writes a checkpoint of this step, in the background if the run says so: `store.finalize` completes it.
+
+        Gives the folder that holds it then.
+        """
+        self.state.bad_batches = self.bad.state
+        return self.store.save(
             self.state.step,
             model_chunks=self.model,
             optimizer=self.optimizer,
@@ -182,7 +186,7 @@ def set_up(config: RunConfig, world_size: int) -> Run:
     # Dropout differs between stages, data- and context-parallel ranks; Megatron adds the tensor rank itself.
     place = (layout.pp_rank * layout.dp_size + layout.dp_rank) * layout.cp_size + layout.cp_rank
     tensor_parallel.model_parallel_cuda_manual_seed(config.seed + place * layout.tp_size)
-    store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep_last)
+    store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
     newest = store.latest(resuming=True)
     if newest is not None:
         check_continues(config, newest)
@@ -202,6 +206,7 @@ def set_up(config: RunConfig, world_size: int) -> Run:
         scheduler=build_scheduler(config, optimizer),
         store=store,
         state=TrainState(data_identity=corpus.manifest.identity),
+        bad=BadBatches(config.faults),
         carried=attach_carried_memory(model) if config.memory.carry_memory else None,
     )
     if newest is not None:
@@ -275,11 +280,11 @@ def load_initial_weights(config: RunConfig, path: Path, chunks: list[torch.nn.Mo
     """
     checkpoint = find_checkpoint(path)
     saved = load_config(checkpoint / "config.yaml")
-    for field in dataclasses.fields(ModelConfig):
-        before, now = getattr(saved.model, field.name), getattr(config.model, field.name)
-        if before != now and field.name not in NOT_IN_WEIGHTS:
+    for item in dataclasses.fields(ModelConfig):
+        before, now = getattr(saved.model, item.name), getattr(config.model, item.name)
+        if before != now and item.name not in NOT_IN_WEIGHTS:
             raise ConfigError(
-                f"model.{field.name} is {now}, but checkpoint.initial_load_path holds weights for {before}: give the "
+                f"model.{item.name} is {now}, but checkpoint.initial_load_path holds weights for {before}: give the "
                 f"model section of {checkpoint / 'config.yaml'}"
             )
     tokenizer = checkpoint.parent.parent / TOKENIZER_NAME
@@ -323,6 +328,7 @@ def _resume(run: Run, newest: Path) -> None:
         extra=run.carried_state(loading=True),
     )
     run.state = TrainState(**saved)
+    run.bad = BadBatches(run.config.faults, **run.state.bad_batches)
     run.corpus.manifest.check_identity(run.state.data_identity)
     if torch.distributed.get_rank() == 0:
         log.warning("resumed from %s at step %d", newest, run.state.step)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from em_megatron.config import RunConfig
 from em_megatron.parallel.process_groups import Layout
+from em_megatron.training.bad_batches import BadBatches
 from em_megatron.training.loss import loss_function, sum_over_world, token_loss_function
 from em_megatron.training.microbatch import MicroBatch
 
@@ -24,11 +25,16 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss in nats per token over all ranks, gradient norm before clipping, tokens that counted."""
+    """Loss in nats per token over all ranks, gradient norm before clipping, tokens that counted.
+
+    skipped: why no weight was changed; empty where the step was taken. stop: whether any rank has been asked to end.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
+    skipped: str = ""
+    stop: bool = False
 
 
 def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -84,12 +90,10 @@ def train_step(
     optimizer: Any,
     scheduler: Any,
     data: Sequence[Iterator[MicroBatch]],
+    bad: BadBatches,
+    stop_requested: bool = False,
 ) -> StepResult:
-    """Forward, backward, reduction, clipping, update.
-
-    Raises:
-        TrainingError: loss or gradient is not finite; with the loss, before any weight has changed.
-    """
+    """Forward, backward, reduction, clipping, update; on all ranks alike, no update where `bad` objects to the batch."""
     for chunk in model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.zero_grad()
@@ -97,13 +101,26 @@ def train_step(
     count = config.training.global_batch_size // (micro * layout.dp_size)
     logged = run_schedule(forward_step, data, model, config, count, micro, forward_only=False)
     device = next(model[0].parameters()).device
-    summed = torch.stack(logged).sum(0) if logged else torch.zeros(2, dtype=torch.float64, device=device)
-    total, tokens = sum_over_world(summed, is_reporting_rank(layout)).tolist()
-    loss = total / max(tokens, 1.0)
-    if not math.isfinite(loss):
-        raise TrainingError(f"the loss is {loss}; no weight was changed by this step")
-    _, grad_norm, _ = optimizer.step()
-    if not math.isfinite(grad_norm):
-        raise TrainingError(f"the gradient norm is {grad_norm} at a finite loss of {loss:.4f}; this step is not saved")
+    summed = torch.zeros(3, dtype=torch.float64, device=device)
+    if logged and is_reporting_rank(layout):
+        summed[:2] = torch.stack(logged).sum(0)
+    summed[2] = float(stop_requested)
+    total, tokens, stops = sum_over_world(summed, contributes=True).tolist()
+    loss, grad_norm = total / max(tokens, 1.0), math.nan
+    objection = bad.objection(loss)
+    if not objection:
+        optimizer.prepare_grads()
+        grad_norm = _same_on_all_ranks(float(optimizer.get_grad_norm()), device)
+        objection = bad.objection(loss, grad_norm)
+    if not objection:
+        grad_norm = float(optimizer.step()[1])
+        bad.accept(loss)
     scheduler.step(increment=1)
-    return StepResult(loss, float(grad_norm), int(tokens))
+    return StepResult(loss, grad_norm, int(tokens), objection, stops > 0)
+
+
+def _same_on_all_ranks(grad_norm: float, device: torch.device) -> float:
+    """The norm, or NaN on every rank where it is not finite on one: a faulty GPU may spoil what others have right."""
+    wrong = torch.tensor(float(not math.isfinite(grad_norm)), device=device)
+    torch.distributed.all_reduce(wrong)
+    return math.nan if wrong.item() else grad_norm

@@ -135,13 +135,14 @@ class Trained:
         self.parts = Parts()
 
     def run(self) -> Outcome:
+        from em_megatron.training.bad_batches import BadBatches
         from em_megatron.training.step import train_step
 
-        losses, norms = [], []
+        losses, norms, bad = [], [], BadBatches(self.config.faults)
         for step in range(STEPS):
             feeds = [self._micro_batches(step) for _ in self.model]
             with self._recording() if step == self.recorded_step else nullcontext():
-                result = train_step(self.config, self.layout, self.model, self.optimizer, self.scheduler, feeds)
+                result = train_step(self.config, self.layout, self.model, self.optimizer, self.scheduler, feeds, bad)
             if self.carried is not None:
                 self.carried.advance()
             losses.append(result.loss)

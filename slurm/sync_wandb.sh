@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Uploads the offline wandb segments of runs, for a node with a network.
+
+set -euo pipefail
+
+usage() {
+    cat <<EOF
+usage: $(basename "$0") [--list] [--all] RUN_FOLDER ...
+
+Uploads to wandb what offline calls of training runs left in RUN_FOLDER/wandb: a segment for each call, in the order of
+their starts, all appended to the one wandb run whose id is in RUN_FOLDER/wandb_id. What was uploaded before is passed
+over, so it may be called as often as you like, by cron too. A segment that was written to in the last 5 minutes is
+taken for one of a call that still runs, and left for later.
+
+  --list   say what would be uploaded, and upload nothing
+  --all    upload segments that were written to just now, too
+  --help   this text
+
+It needs an API key (wandb login, or WANDB_API_KEY), and the wandb client in this folder's environment or on the PATH.
+EOF
+}
+
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# A segment that is being written gets figures of the machine every few seconds.
+still_written() {
+    [[ -n $(find "$1" -name '*.wandb' -mmin -5) ]]
+}
+
+sync_run() {
+    local run=$1 id segment
+    [[ -s $run/wandb_id ]] || { echo "error: $run has no wandb_id: give the folder of a run, runs/NAME" >&2; return 1; }
+    id=$(<"$run/wandb_id")
+    for segment in "$run"/wandb/offline-run-*/; do
+        segment=${segment%/}
+        # The glob sorts by name, which begins with the time of the start.
+        [[ -d $segment ]] || { echo "$run: nothing to upload"; return 0; }
+        if compgen -G "$segment/*.wandb.synced" >/dev/null; then
+            continue
+        elif [[ -z $all ]] && still_written "$segment"; then
+            echo "$segment: written to in the last 5 minutes, left for later"
+            return 0
+        fi
+        echo "$segment -> wandb run $id"
+        # The next one would take the place of one that failed.
+        [[ -n $list ]] || "$wandb" sync --id "$id" "$segment" || { echo "error: $segment was not uploaded" >&2; return 1; }
+    done
+}
+
+list="" all="" runs=()
+for argument in "$@"; do
+    case $argument in
+        --help | -h) usage; exit 0 ;;
+        --list) list=yes ;;
+        --all) all=yes ;;
+        -*) refuse "unknown option $argument: see --help" ;;
+        *) runs+=("${argument%/}") ;;
+    esac
+done
+[[ ${#runs[@]} -gt 0 ]] || refuse "no run folder given: see --help"
+
+wandb=$(dirname "$0")/../.venv/bin/wandb
+[[ -x $wandb ]] || wandb=$(command -v wandb) || refuse "no wandb client in .venv or on the PATH: make install"
+
+failed=0
+for run in "${runs[@]}"; do
+    sync_run "$run" || failed=1
+done
+exit "$failed"

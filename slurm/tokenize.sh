@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Encodes texts into shards on one node without GPUs, with as many workers as it has cores.
+# usage: sbatch slurm/tokenize.sh --tokenizer M.model --input TEXTS --output data/NAME [option of tokenizer.encode ...]
+#SBATCH --job-name=tokenize
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=0
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -eu
+[ -x slurm/job.sh ] || { echo "error: submit from the top folder of em-megatron" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "error: give --tokenizer, --input and --output, see python -m tokenizer.encode --help" >&2; exit 2; }
+exec srun --nodes=1 --ntasks=1 --cpu-bind=none slurm/node_entry.sh --python -m tokenizer.encode --workers "$SLURM_CPUS_ON_NODE" --quiet "$@"

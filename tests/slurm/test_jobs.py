@@ -1,0 +1,173 @@
+"""Jobs of a real Slurm end with the same weights as a run that nothing disturbs, whatever happens to them."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.box import SlurmBox
+from tests.slurm.jobs import (
+    STEPS,
+    assert_same,
+    environment,
+    losses,
+    overrides,
+    rows,
+    submit,
+    wait_for_step,
+)
+
+pytestmark = pytest.mark.slurm
+
+
+def ranks_of(run: str) -> list[psutil.Process]:
+    """The training processes of a run, on whatever node."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if f"name={run}" in words and "launch/pretrain.py" in words and "torch.distributed.run" not in words:
+            found.append(process)
+    return [one for one in found if one.parent() is None or one.parent() not in found]
+
+
+def test_a_job_on_two_nodes_checks_them_and_runs_to_the_end(box: SlurmBox, corpus, undisturbed, tmp_path):
+    output = tmp_path / "job.out"
+    arguments = overrides(corpus, tmp_path, "whole", STEPS)
+    number = submit(box, output, "pretrain_1b.sh", *arguments, **environment(check=True))
+    assert box.wait(number)["JobState"] == "COMPLETED", output.read_text()
+    text = output.read_text()
+    assert "node1" in text
+    assert "node2" in text
+    assert "layout  2 ranks on cpu: tensor 1, pipeline 1, context 1, data 2" in text
+    assert f"launch ended: finished at step {STEPS}" in text
+    assert_same(tmp_path / "whole", undisturbed, tmp_path)
+
+
+def test_usr1_saves_queues_again_and_resumes_exactly(box: SlurmBox, corpus, undisturbed, tmp_path):
+    output, run = tmp_path / "job.out", tmp_path / "asked"
+    number = submit(box, output, "pretrain_1b.sh", *overrides(corpus, tmp_path, "asked", STEPS, save_interval=1000))
+    wait_for_step(box, number, run, 8)
+    box.command("scancel", "--signal=USR1", "--batch", number)
+    box.rerun_now(number)
+    stopped = max(row["step"] for row in rows(run))
+    assert 8 <= stopped < STEPS
+    assert (run / "checkpoints" / f"step_{stopped:08d}").is_dir()  # where it stood, not at an interval
+    job = box.wait(number)
+    text = output.read_text()
+    assert job["JobState"] == "COMPLETED", text
+    assert job["Restarts"] == "1"
+    assert "asking all ranks to save" in text
+    assert f"launch ended: stopped at step {stopped}" in text
+    assert text.count("job " + str(number)) == 2  # one file for both starts
+    assert_same(run, undisturbed, tmp_path)
+
+
+def test_a_killed_rank_and_a_node_that_dies(box: SlurmBox, corpus, undisturbed, tmp_path):
+    """The rank's launch is started again within the job; for the node's Slurm queues the job again."""
+    output, run = tmp_path / "job.out", tmp_path / "struck"
+    number = submit(box, output, "pretrain_1b.sh", *overrides(corpus, tmp_path, "struck", STEPS, save_interval=5))
+    wait_for_step(box, number, run, 12)
+    ranks_of("struck")[-1].send_signal(signal.SIGKILL)
+    wait_for_step(box, number, run, 25)
+    assert "starting again" in output.read_text()
+    box.crash("node2")
+    box.command("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=crashed")  # not after SlurmdTimeout
+    box.boot("node2")
+    box.rerun_now(number)
+    job = box.wait(number)
+    assert job["JobState"] == "COMPLETED", output.read_text()
+    assert job["Restarts"] == "1"
+    assert len(re.findall("resumed from", output.read_text())) >= 2
+    assert_same(run, undisturbed, tmp_path)
+
+
+def test_a_cancelled_job_saves_and_goes_on_with_another_number_of_nodes(box: SlurmBox, corpus, undisturbed, tmp_path):
+    output, run = tmp_path / "job.out", tmp_path / "moved"
+    arguments = overrides(corpus, tmp_path, "moved", STEPS, save_interval=1000)
+    number = submit(box, output, "pretrain_1b.sh", *arguments)
+    wait_for_step(box, number, run, 8)
+    box.command("scancel", number)
+    assert box.wait(number)["JobState"] == "CANCELLED"
+    stopped = max(row["step"] for row in rows(run))
+    assert (run / "checkpoints" / f"step_{stopped:08d}").is_dir()
+    number = submit(box, output, "pretrain_1b.sh", *arguments, nodes=1)
+    assert box.wait(number)["JobState"] == "COMPLETED", output.read_text()
+    assert "1 ranks on cpu" in output.read_text()
+    expected, actual = losses(undisturbed), losses(run)
+    assert [row[:2] for row in actual] == [row[:2] for row in expected]
+    assert [row[2] for row in actual] == pytest.approx([row[2] for row in expected], rel=1e-4)
+
+
+def test_an_array_compares_variants(box: SlurmBox, corpus, tmp_path):
+    variants = tmp_path / "variants.txt"
+    variants.write_text("# two memories\n\nsmall memory.order=8\nlarge memory.order=24 memory.slots=12\n")
+    arguments = [*overrides(corpus, tmp_path, "unnamed", 5), "validation.interval=0"]
+    recipe = "launch/recipes/pretrain_1b.yaml"
+    number = box.sbatch(
+        "--array=1-2",
+        "--nodes=1",
+        "--gpus-per-node=0",
+        "--time=10",
+        f"--output={tmp_path}/%a.out",
+        "slurm/compare.sh",
+        recipe,
+        variants,
+        *arguments,
+        **environment(EM_RUNS=str(tmp_path)),
+    )
+    for task, name in ((1, "small"), (2, "large")):
+        assert box.wait(f"{number}_{task}", seconds=180)["JobState"] == "COMPLETED", (
+            tmp_path / f"{task}.out"
+        ).read_text()
+        assert (tmp_path / name / "evaluation").is_dir()
+    assert "order: 24" in (tmp_path / "large" / "config.yaml").read_text()
+    assert not (tmp_path / "unnamed").exists()
+
+
+def test_a_head_node_that_cannot_be_resolved_ends_the_job_at_once(box: SlurmBox, corpus, tmp_path):
+    output = tmp_path / "job.out"
+    started = time.monotonic()
+    box.hosts(known=False)
+    try:
+        arguments = overrides(corpus, tmp_path, "lost", 5)
+        number = submit(box, output, "pretrain_1b.sh", *arguments, EM_MAX_RESTARTS="0")
+        assert box.wait(number)["JobState"] == "FAILED"
+    finally:
+        box.hosts(known=True)
+    assert "the name of the head node, node1, cannot be resolved here" in output.read_text()
+    assert time.monotonic() - started < 30
+    assert not (tmp_path / "lost").exists()
+
+
+def test_a_head_node_that_resolves_to_this_machine_is_refused(box: SlurmBox, corpus, tmp_path):
+    output = tmp_path / "job.out"
+    arguments = overrides(corpus, tmp_path, "lost", 5)
+    number = submit(box, output, "pretrain_1b.sh", *arguments, EM_MAX_RESTARTS="0", EM_ONE_MACHINE="0")
+    assert box.wait(number)["JobState"] == "FAILED"
+    assert "error (node2): the head node node1 resolves to 127.0.1.1 here" in output.read_text()
+
+
+def test_a_recipe_that_cannot_work_is_not_started_again(box: SlurmBox, corpus, tmp_path):
+    output = tmp_path / "job.out"
+    number = submit(box, output, "pretrain_1b.sh", *overrides(corpus, tmp_path, "wrong", 5), "memory.ordr=3")
+    job = box.wait(number)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+    text = output.read_text()
+    assert text.count("error: unknown config key 'memory.ordr': did you mean 'memory.order'?") == 1
+    assert "launch ended: refused" in text
+    assert "starting again" not in text
+
+
+def test_every_script_is_accepted(slurm_packages, tmp_path):
+    scripts = sorted(Path("slurm").glob("*.sh"))
+    batch = [path for path in scripts if "#SBATCH --job-name" in path.read_text()]
+    assert len(batch) == 9
+    with SlurmBox(tmp_path, nodes=32, prefix="big") as many:
+        for path in batch:
+            assert "to start at" in many.command("sbatch", "--test-only", path, "argument")
+        assert "not available" in many.command("sbatch", "--test-only", "--nodes=33", "slurm/pretrain_7b.sh", check=False)
