@@ -17,6 +17,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import state_dict_saver
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
 from em_megatron.checkpoint.folder import CheckpointError
 from em_megatron.checkpoint.sharded import CheckpointStore
@@ -69,6 +71,32 @@ def limit_file_size() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
+def of_rank_0(store: CheckpointStore, run: Any, asynchronous: bool) -> str:
+    """The error of a save in which rank 0 can write no more once the tensors are written."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit() -> None:
+        if dist.get_rank() == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, most))
+
+    finalize = state_dict_saver.save_state_dict_async_finalize
+
+    def limited(*args: Any) -> None:
+        limit()
+        finalize(*args)
+
+    torch_strategy.save_state_dict_async_finalize = limited
+    try:
+        save(store, run, asynchronous=asynchronous)
+        store.finalize(blocking=True)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        torch_strategy.save_state_dict_async_finalize = finalize
+    return ""
+
+
 def die() -> None:
     if dist.get_rank() == 0:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -112,6 +140,8 @@ def probe_failures(root: Path) -> dict[str, tuple[str, str]]:
             message = str(error)
         assert store.finalize(blocking=True) is None
         results[name] = (message, store.latest().name)
+    for name, asynchronous in (("rank 0 alone, later", True), ("rank 0 alone, at once", False)):
+        results[name] = (of_rank_0(store, run, asynchronous), store.latest().name)
     save(store, run, asynchronous=True)
     results["none"] = ("", store.finalize(blocking=True).name)
     return results
@@ -196,6 +226,8 @@ def test_the_state_of_the_call_is_saved(layout: str, kind: str, ranks: Any) -> N
         ("file too large", "(rank 1: Worker failure: "),
         ("killed", "(rank 0: Worker failure: the writing process ended without a report"),
         ("no process", "no writing process could be started: [Errno 12] Cannot allocate memory"),
+        ("rank 0 alone, later", "(rank 0: [Errno 27] File too large)"),
+        ("rank 0 alone, at once", "(rank 0: [Errno 27] File too large)"),
     ],
 )
 def test_a_failed_writer_is_an_error_on_every_rank(way: str, reason: str, ranks: Any) -> None:

@@ -11,12 +11,14 @@ import pytest
 
 from em_megatron.checkpoint.folder import (
     MARKER,
+    altered_file,
     clean_leftovers,
     complete_steps,
     damage,
     finish,
     replace_step,
     retain,
+    sha256,
     step_name,
     writing_name,
 )
@@ -105,6 +107,29 @@ def test_retention_counts_whole_checkpoints_only(tmp_path: Path) -> None:
     (tmp_path / step_name(4) / MARKER).unlink()
     retain(tmp_path, 2)
     assert complete_steps(tmp_path) == [2, 3]
+
+
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    for step in (10, 15, 20, 25, 30, 35):
+        write_step(tmp_path, step, "x")
+    retain(tmp_path, 1, keep_every=20)
+    assert complete_steps(tmp_path) == [20, 35]
+
+
+def test_every_byte_of_large_files_is_read_by_some_rank(tmp_path: Path) -> None:
+    folder = tmp_path / writing_name(1)
+    folder.mkdir()
+    names = [f"__{rank}_0.distcp" for rank in range(5)]
+    for name in names:
+        (folder / name).write_bytes(b"x" * (2 << 20))
+    sums = {name: sha256(folder / name) for name in names}
+    finish(folder, 1, {}, {}, sums)
+    assert [altered_file(folder, part, 2) for part in range(2)] == ["", ""]
+    content = bytearray(b"x" * (2 << 20))
+    content[1 << 20] ^= 1
+    (folder / names[3]).write_bytes(content)
+    assert damage(folder) == ""  # its size is right
+    assert [altered_file(folder, part, 2) for part in range(2)] == ["", f"{names[3]} has changed since it was written"]
 
 
 def test_steps_sort_by_number(tmp_path: Path) -> None:
