@@ -1,10 +1,8 @@
-"""Whether ranks could talk to each other from here, and what started this process."""
+"""Whether ranks could talk to each other from here."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import timedelta
 
 from em_megatron.environment.report import Level, Row, cause
@@ -64,24 +62,3 @@ def reduced(backend: str, text: str, failing: Level) -> Row:
     if total != 4:
         return Row(name, f"{text}, but an all-reduce of one rank gives a wrong sum", failing)
     return Row(name, f"{text}, an all-reduce of one rank works")
-
-
-def slurm() -> Iterator[Row]:
-    """Whether this process is inside a Slurm job, or could start one."""
-    yield slurm_row(os.environ, shutil.which("sbatch"))
-
-
-def slurm_row(environment: Mapping[str, str], sbatch: str | None) -> Row:
-    """The job that `environment` tells of, and the path of sbatch."""
-    submit = f"sbatch is {sbatch}" if sbatch else "sbatch is not there"
-    job = environment.get("SLURM_JOB_ID")
-    if job is None:
-        return Row("Slurm", f"not inside a job; {submit}", "ok" if sbatch else "note")
-    told = {
-        "nodes": environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES"),
-        "tasks": environment.get("SLURM_NTASKS"),
-        "GPUs on this node": environment.get("SLURM_GPUS_ON_NODE"),
-        "partition": environment.get("SLURM_JOB_PARTITION"),
-    }
-    facts = ", ".join(f"{name} {value}" for name, value in told.items() if value)
-    return Row("Slurm", f"inside job {job}{': ' if facts else ''}{facts}; {submit}")

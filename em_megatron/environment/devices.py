@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from em_megatron.environment import nvidia_driver
 from em_megatron.environment.report import Row, attempt, cause
 
 GIB = 2**30
+SHARED_MEMORY = Path("/dev/shm")
+LITTLE_SHARED_MEMORY = GIB  # NCCL's buffers between the ranks of a node; containers start with 64 MiB
+FEW_FILES = 4096  # sockets of a rank grow with the number of ranks, and shards are open too
 LITTLE_DISK = 10 * GIB  # one checkpoint of a 0.7B model: 14 bytes a parameter (bf16 weights, fp32 master and moments)
 
 
@@ -93,6 +97,37 @@ def folder(name: str, path: str, remedy: str) -> Row:
     free = shutil.disk_usage(there).free
     text = f"{wanted}, {free / GIB:,.1f} GiB free"
     return Row(name, f"{text}: {remedy}", "warning") if free < LITTLE_DISK else Row(name, text)
+
+
+def shared_memory(path: Path = SHARED_MEMORY) -> Iterator[Row]:
+    """Room in /dev/shm, through which NCCL connects the ranks of a node."""
+    if not path.is_dir():
+        yield Row("shared memory", f"{path} is not there, which NCCL needs within a node", "warning")
+        return
+    usage = shutil.disk_usage(path)
+    text = f"{path}, {usage.free / GIB:,.1f} of {usage.total / GIB:,.1f} GiB free"
+    little = usage.free < LITTLE_SHARED_MEMORY
+    mend = ": start the container with --ipc=host or --shm-size=8g, or remove what fills it"
+    yield Row("shared memory", text + mend * little, "warning" if little else "ok")
+
+
+def limits() -> Iterator[Row]:
+    """Open files, and locked memory, which InfiniBand needs without limit."""
+    files, locked = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK))
+    yield limits_row(files, locked, Path("/sys/class/infiniband").is_dir())
+
+
+def limits_row(files: int, locked: int, infiniband: bool) -> Row:
+    """`files` that may be open, bytes that may be `locked` (-1: any), and whether this machine has InfiniBand."""
+    spelled = "any number of" if files == resource.RLIM_INFINITY else str(files)
+    memory = "no limit on" if locked == resource.RLIM_INFINITY else f"{locked / 2**20:,.0f} MiB of"
+    mends = []
+    if files != resource.RLIM_INFINITY and files < FEW_FILES:
+        mends.append(f"ulimit -n {FEW_FILES} or more, for ranks on many nodes")
+    if locked != resource.RLIM_INFINITY and infiniband:
+        mends.append("ulimit -l unlimited, which InfiniBand needs")
+    text = f"{spelled} open files, {memory} locked memory"
+    return Row("limits", f"{text}: {'; '.join(mends)}", "warning") if mends else Row("limits", text)
 
 
 def _gpu(index: int) -> Iterator[Row]:

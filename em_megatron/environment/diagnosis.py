@@ -6,9 +6,17 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from em_megatron.environment import communication, devices, operators, optional_packages, versions
+from em_megatron.environment import (
+    communication,
+    devices,
+    network,
+    operators,
+    optional_packages,
+    slurm,
+    versions,
+)
 from em_megatron.environment.report import Level, Probe, Report, Section, attempt
 
 # Title of a section → (name of the row if the probe raises, its level then, the probe).
@@ -23,6 +31,8 @@ SECTIONS: dict[str, tuple[tuple[str, Level, Probe], ...]] = {
         ("GPU", "ERROR", devices.gpus),
         ("processors", "warning", devices.processors),
         ("disks", "warning", devices.disks),
+        ("shared memory", "warning", devices.shared_memory),
+        ("limits", "warning", devices.limits),
     ),
     "operators": (
         ("CPU backend", "ERROR", operators.cpu_backend),
@@ -37,19 +47,27 @@ SECTIONS: dict[str, tuple[tuple[str, Level, Probe], ...]] = {
     "communication": (
         ("gloo", "ERROR", communication.gloo),
         ("NCCL", "ERROR", communication.nccl),
-        ("Slurm", "warning", communication.slurm),
+        ("interfaces", "warning", network.interfaces),
+        ("InfiniBand", "warning", network.infiniband),
+        ("hostname", "warning", network.hostname),
+        ("variables", "warning", network.variables),
+        ("Slurm", "warning", slurm.slurm),
     ),
 }
 
 
-def examine() -> Report:
-    """The whole report. Imports torch and Megatron-Core, and on a machine without a GPU enables the CPU backend."""
+def examine(titles: Collection[str] = tuple(SECTIONS)) -> Report:
+    """The report, or the sections of it that `titles` names.
+
+    "operators" imports Megatron-Core, and on a machine without a GPU enables the CPU backend.
+    """
     with _quiet():
         sections = tuple(
             Section(title, tuple(row for name, failing, probe in probes for row in attempt(name, probe, failing)))
             for title, probes in SECTIONS.items()
+            if title in titles
         )
-        return Report(sections, devices.usable_gpus())
+        return Report(sections, devices.usable_gpus(), partial=len(sections) < len(SECTIONS))
 
 
 @contextlib.contextmanager

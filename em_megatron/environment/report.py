@@ -33,10 +33,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings; `gpus` is the number that torch can use."""
+    """All findings; `gpus` is the number that torch can use, `partial` says that not all sections were asked for."""
 
     sections: tuple[Section, ...]
     gpus: int
+    partial: bool = False
 
     @property
     def errors(self) -> int:
@@ -51,6 +52,8 @@ class Report:
         """The last line."""
         if not self.fit:
             return f"not fit: {self.errors} error{'s' if self.errors > 1 else ''}"
+        if self.partial:
+            return f"no error in: {', '.join(section.title for section in self.sections)}"
         if self.gpus:
             return f"fit to train on {self.gpus} GPU{'s' if self.gpus > 1 else ''}"
         return "fit to train on CPU processes"
@@ -61,7 +64,7 @@ class Report:
         lines = []
         for section in self.sections:
             lines.append(section.title)
-            lines += [_line(row, name_width) for row in section.rows]
+            lines += [line(row, name_width) for row in section.rows]
         return "\n".join([*lines, self.verdict])
 
     def as_json(self) -> str:
@@ -89,7 +92,8 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def _line(row: Row, name_width: int) -> str:
+def line(row: Row, name_width: int) -> str:
+    """`row` aligned with others, wrapped under its own column."""
     start = f"  {row.level:7}  {row.name:{name_width}}  "
     wrapped = textwrap.wrap(
         row.text, WIDTH - len(start), break_long_words=False, break_on_hyphens=False

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from em_megatron.environment import diagnosis
 from em_megatron.environment.report import Report, Row, Section, attempt
 from launch import doctor
 from tests.environment.fake_packages import write_packages
@@ -97,6 +98,15 @@ def test_what_a_probe_found_before_it_failed_is_kept() -> None:
         Row("first", "found"),
         Row("second", "could not be examined: SystemExit: no such thing", "warning"),
     ]
+
+
+def test_only_some_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(diagnosis.SECTIONS) == doctor.TITLES
+    assert doctor.main(["--only", "communication", "--json"]) == 0
+    page = json.loads(capsys.readouterr().out)
+    assert {row["section"] for row in page["rows"]} == {"communication"}
+    assert {"gloo", "interfaces", "InfiniBand", "hostname", "Slurm"} <= set(rows_of(page))
+    assert page["verdict"] == "no error in: communication"
 
 
 def test_only_errors_make_unfit() -> None:

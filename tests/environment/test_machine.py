@@ -1,4 +1,4 @@
-"""Paths of the operators, devices, disks, communication and Slurm."""
+"""Paths of the operators, devices, disks and communication."""
 
 from __future__ import annotations
 
@@ -151,10 +151,23 @@ def test_an_all_reduce_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert row == Row("gloo", text, "ERROR")
 
 
-def test_slurm() -> None:
-    assert communication.slurm_row({}, None) == Row("Slurm", "not inside a job; sbatch is not there", "note")
-    assert communication.slurm_row({}, "/usr/bin/sbatch").level == "ok"
-    job = {"SLURM_JOB_ID": "42", "SLURM_NNODES": "2", "SLURM_NTASKS": "16", "SLURM_GPUS_ON_NODE": "8"}
-    assert communication.slurm_row(job, None).text == (
-        "inside job 42: nodes 2, tasks 16, GPUs on this node 8; sbatch is not there"
+def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    for free, level in ((0.06, "warning"), (8, "ok")):
+        found = usage(16 * devices.GIB, 0, free * devices.GIB)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, found=found: found)
+        (row,) = devices.shared_memory(tmp_path)
+        assert row.level == level
+    (row,) = devices.shared_memory(tmp_path / "nowhere")
+    assert row.level == "warning"
+
+
+def test_limits() -> None:
+    assert devices.limits_row(-1, -1, True) == Row("limits", "any number of open files, no limit on locked memory")
+    assert devices.limits_row(20000, 2**23, False) == Row("limits", "20000 open files, 8 MiB of locked memory")
+    assert devices.limits_row(1024, 2**23, True) == Row(
+        "limits",
+        "1024 open files, 8 MiB of locked memory: ulimit -n 4096 or more, for ranks on many nodes; "
+        "ulimit -l unlimited, which InfiniBand needs",
+        "warning",
     )
