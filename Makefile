@@ -126,11 +126,13 @@ doctor: $(INSTALLED) ## say whether this environment is fit to train, and which 
 benchmark: $(INSTALLED) ## measure speed against what one would pick instead; reports go to docs/results/benchmark
 	@for kind in memory attention layer step decode; do echo "[benchmark] $$kind"; $(PY) launch/benchmark.py $$kind || exit 1; done
 
-lint: $(INSTALLED) ## check style, format and types
-	@echo "[lint] ruff check, ruff format --check, mypy"
+lint: $(INSTALLED) ## check style, format and types; shell scripts too where shellcheck is there
+	@echo "[lint] ruff check, ruff format --check, mypy, shellcheck"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy em_megatron
+	@if command -v shellcheck >/dev/null; then shellcheck .ci/run slurm/*.sh; \
+	else echo "[lint] shellcheck is not there, so the shell scripts were not checked"; fi
 
 format: $(INSTALLED) ## rewrite the code in the project's format
 	@echo "[format] ruff check --fix, ruff format"

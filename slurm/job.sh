@@ -3,7 +3,8 @@
 # usage (inside a batch script): exec slurm/job.sh SCRIPT.py [argument ...] [--then SCRIPT.py [argument ...]]
 #
 # SIGUSR1, which Slurm sends before the time limit (#SBATCH --signal=B:USR1@300): all ranks save, and the job is queued
-# again. A launch that fails is started again in this job, EM_MAX_RESTARTS times without progress. A node that dies:
+# again. SIGTERM, at the begin of a preemption's grace time or when the job is cancelled: all ranks save, and Slurm does
+# what it is about to do. A launch that fails is started again in this job, EM_MAX_RESTARTS times without progress. A node that dies:
 # Slurm itself queues the job again (#SBATCH --requeue). Every start goes on from the newest whole checkpoint.
 #
 # EM_MAX_RESTARTS   starts without progress before the job fails (default 3)
@@ -37,7 +38,9 @@ esac
 options+=(${EM_SRUN:-})
 
 asked=0
+terminated=0
 pid=
+trap 'terminated=1' TERM
 forward() {
     asked=1
     say "SIGUSR1: asking all ranks to save"
@@ -67,6 +70,18 @@ fi
 
 newest() { cat "$EM_OUTCOME_FILE.progress" 2>/dev/null || echo 0; }
 
+# After a SIGTERM: a cancelled job ends; one that is preempted must not, or Slurm would not queue it again.
+wait_for_slurm() {
+    say "SIGTERM: waiting for what Slurm does with this job"
+    for _ in {1..120}; do
+        case $(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null) in
+            *JobState=RUNNING*) sleep 1 ;;
+            *) break ;;
+        esac
+    done
+    exit 0
+}
+
 # Starts a script until it is done; returns when it is, or when Slurm has asked for an end.
 run() {
     local failures=0 outcome reached before
@@ -83,11 +98,12 @@ run() {
         case $outcome in
             finished | paused) return ;;
             refused) exit 2 ;;
-            stopped) [ "$asked" = 1 ] || exit 0 ;; # cancelled, or preempted and queued again by Slurm
+            stopped) [ "$asked" = 1 ] || wait_for_slurm ;;
             *)
                 [ "$(newest)" = "$before" ] || failures=0
                 failures=$((failures + 1))
                 [ "$failures" -le "${EM_MAX_RESTARTS:-3}" ] || fail "gave up after $failures failed starts without progress"
+                [ "$terminated" = 0 ] || wait_for_slurm
                 [ "$asked" = 1 ] || say "starting again (failure $failures without a new checkpoint)"
                 ;;
         esac

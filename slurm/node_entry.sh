@@ -32,10 +32,10 @@ make it with 'make install' on a file system that all nodes share"
         PATH=$(cd "$folder" && pwd)/bin:$PATH
         export PATH
         ;;
-    pyxis:*) ;;
+    pyxis:*) export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} ;; # this checkout, not the image's copy
     apptainer:*)
         command -v apptainer >/dev/null || fail "EM_ENVIRONMENT=$environment: there is no apptainer on this node"
-        inside=(apptainer exec --nv --bind "$PWD${EM_MOUNTS:+,$EM_MOUNTS}" --pwd "$PWD" "${environment#apptainer:}")
+        inside=(apptainer exec --nv --env "PYTHONPATH=$PWD" --bind "$PWD${EM_MOUNTS:+,$EM_MOUNTS}" --pwd "$PWD" "${environment#apptainer:}")
         ;;
     *) fail "EM_ENVIRONMENT=$environment is none of venv:FOLDER, pyxis:IMAGE, apptainer:IMAGE" ;;
 esac

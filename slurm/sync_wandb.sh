@@ -25,32 +25,56 @@ refuse() {
     exit 2
 }
 
-# A segment that is being written gets figures of the machine every few seconds.
+# The client of a call that runs writes every 15 seconds.
 still_written() {
     [[ -n $(find "$1" -name '*.wandb' -mmin -5) ]]
+}
+
+# A file with nothing but its header: the call was killed before the client wrote.
+empty() {
+    [[ -z $(find "$1" -name '*.wandb' -size +7c) ]]
+}
+
+# The client ends with status 0 whatever happens, and leaves a mark beside a file only if it was whole.
+upload() {
+    local segment=$1 id=$2 said
+    said=$("$wandb" sync --id "$id" "$segment" 2>&1) || true
+    if compgen -G "$segment/*.wandb.synced" >/dev/null; then
+        return 0
+    elif [[ $said == *"ends with an incomplete record"* ]]; then
+        # The call was killed while its client wrote; all before that has been uploaded.
+        touch "$(compgen -G "$segment/*.wandb" | head -n 1).synced"
+        return 0
+    fi
+    printf '%s\nerror: %s was not uploaded\n' "$said" "$segment" >&2
+    return 1
 }
 
 sync_run() {
     local run=$1 id segment
     [[ -s $run/wandb_id ]] || { echo "error: $run has no wandb_id: give the folder of a run, runs/NAME" >&2; return 1; }
     id=$(<"$run/wandb_id")
+    [[ -d $run/wandb ]] || { echo "$run: nothing to upload"; return 0; }
+    exec {lock}>"$run/wandb/sync.lock"
+    flock -n "$lock" || { echo "$run: an upload is running already"; return 0; }
+    # The glob sorts by name, which begins with the time of the start.
     for segment in "$run"/wandb/offline-run-*/; do
         segment=${segment%/}
-        # The glob sorts by name, which begins with the time of the start.
-        [[ -d $segment ]] || { echo "$run: nothing to upload"; return 0; }
-        if compgen -G "$segment/*.wandb.synced" >/dev/null; then
+        if [[ ! -d $segment ]] || compgen -G "$segment/*.wandb.synced" >/dev/null; then
             continue
         elif [[ -z $all ]] && still_written "$segment"; then
             echo "$segment: written to in the last 5 minutes, left for later"
-            return 0
+            break
+        elif empty "$segment"; then
+            continue
         fi
         echo "$segment -> wandb run $id"
-        # The next one would take the place of one that failed.
-        [[ -n $list ]] || "$wandb" sync --id "$id" "$segment" || { echo "error: $segment was not uploaded" >&2; return 1; }
+        # The next one would come before one that failed.
+        [[ -n $list ]] || upload "$segment" "$id" || return 1
     done
 }
 
-list="" all="" runs=()
+list="" all="" lock="" runs=()
 for argument in "$@"; do
     case $argument in
         --help | -h) usage; exit 0 ;;

@@ -48,8 +48,11 @@ SlurmdTimeout=10
 KillWait=20
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=box Nodes={names} Default=YES MaxTime=INFINITE State=UP
+PartitionName=box Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=25
+PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=9
 """
 
 
@@ -59,9 +62,9 @@ def missing_programs() -> list[str]:
 
 
 class SlurmBox:
-    """`with SlurmBox(folder, nodes=2) as box: box.sbatch(...)`. Nodes are PREFIX1, PREFIX2, ..., and claim 8 GPUs each."""
+    """`with SlurmBox(folder, nodes=2) as box: box.sbatch(...)`. Nodes are PREFIX1, PREFIX2, ...; they claim `gpus` GPUs each."""
 
-    def __init__(self, root: Path, nodes: int = 2, prefix: str = "node", gpus: int = 8) -> None:
+    def __init__(self, root: Path, nodes: int = 2, prefix: str = "node", gpus: int = 0) -> None:
         self.root, self.gpus = root.resolve(), gpus
         self.names = [f"{prefix}{number + 1}" for number in range(nodes)]
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
@@ -150,7 +153,7 @@ class SlurmBox:
         port, *ports = _free_ports(len(self.names) + 1)
         nodes = "\n".join(
             f"NodeName={name} NodeAddr=127.0.1.{number + 1} Port={ports[number]} CPUs=128 RealMemory=2000000 "
-            f"Gres=gpu:{self.gpus} State=UNKNOWN"
+            f"{f'Gres=gpu:{self.gpus}' if self.gpus else ''} State=UNKNOWN"
             for number, name in enumerate(self.names)
         )
         # As real clusters track processes: a signal reaches srun's direct children only.
@@ -162,7 +165,8 @@ class SlurmBox:
             path = root / f"nvidia{number}"
             if not path.exists():
                 os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        (root / "gres.conf").write_text(f"NodeName={names} Name=gpu File={root}/nvidia[0-{self.gpus - 1}]\n")
+        if self.gpus:
+            (root / "gres.conf").write_text(f"NodeName={names} Name=gpu File={root}/nvidia[0-{self.gpus - 1}]\n")
         (root / "cgroup.conf").write_text("CgroupMountpoint=/sys/fs/cgroup\n")
         self.hosts(known=True)
         (root / "munge.key").touch(0o600)

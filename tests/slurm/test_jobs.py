@@ -67,6 +67,24 @@ def test_usr1_saves_queues_again_and_resumes_exactly(box: SlurmBox, corpus, undi
     assert_same(run, undisturbed, tmp_path)
 
 
+def test_a_preempted_job_saves_in_its_grace_time_and_is_run_again(box: SlurmBox, corpus, undisturbed, tmp_path):
+    output, run = tmp_path / "job.out", tmp_path / "preempted"
+    number = submit(box, output, "pretrain_1b.sh", *overrides(corpus, tmp_path, "preempted", STEPS, save_interval=1000))
+    wait_for_step(box, number, run, 8)
+    urgent = tmp_path / "urgent.sh"
+    urgent.write_text("#!/bin/bash\ntrue\n")
+    other = box.sbatch("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.out", urgent)
+    box.rerun_now(number)
+    assert box.wait(other)["JobState"] == "COMPLETED"
+    stopped = max(row["step"] for row in rows(run))
+    assert (run / "checkpoints" / f"step_{stopped:08d}").is_dir()
+    job = box.wait(number)
+    assert job["JobState"] == "COMPLETED", output.read_text()
+    assert job["Restarts"] == "1"
+    assert f"launch ended: stopped at step {stopped}" in output.read_text()
+    assert_same(run, undisturbed, tmp_path)
+
+
 def test_a_killed_rank_and_a_node_that_dies(box: SlurmBox, corpus, undisturbed, tmp_path):
     """The rank's launch is started again within the job; for the node's Slurm queues the job again."""
     output, run = tmp_path / "job.out", tmp_path / "struck"
@@ -167,7 +185,7 @@ def test_every_script_is_accepted(slurm_packages, tmp_path):
     scripts = sorted(Path("slurm").glob("*.sh"))
     batch = [path for path in scripts if "#SBATCH --job-name" in path.read_text()]
     assert len(batch) == 9
-    with SlurmBox(tmp_path, nodes=32, prefix="big") as many:
+    with SlurmBox(tmp_path, nodes=32, prefix="big", gpus=8) as many:
         for path in batch:
             assert "to start at" in many.command("sbatch", "--test-only", path, "argument")
         assert "not available" in many.command("sbatch", "--test-only", "--nodes=33", "slurm/pretrain_7b.sh", check=False)

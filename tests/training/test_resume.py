@@ -55,10 +55,10 @@ def kill_when(process: subprocess.Popen[str], ready) -> None:
     process.communicate()
 
 
-def weights(run: Path, scratch: Path) -> dict[str, torch.Tensor]:
+def weights(run: Path, scratch: Path, step: int = 12) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint, optimizer state included."""
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]
-    assert newest.name == "step_00000012"
+    assert newest.name == f"step_{step:08d}"
     dcp_to_torch_save(newest, scratch)
     return {k: v for k, v in torch.load(scratch, weights_only=False).items() if isinstance(v, torch.Tensor)}
 
@@ -94,6 +94,7 @@ def check_kills(command: list[str], corpus: Path, folder: Path, *extra: str) -> 
     assert not different
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_an_undisturbed_one(chain_corpus, tmp_path):
     check_kills(PRETRAIN, chain_corpus, tmp_path)
 
