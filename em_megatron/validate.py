@@ -15,6 +15,7 @@ from em_megatron.model.sizes import memory_layers, shape_of
 from em_megatron.ops.dispatch import REQUESTS, choose
 from em_megatron.parallel.handoff_cost import HANDOFFS
 from em_megatron.parallel.process_groups import validate_layout
+from em_megatron.training.profiling import check_profiling
 
 CHOICES = {
     "memory.kind": ("elastic", "block_local"),
@@ -89,6 +90,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_layout(config, world_size)
     _check_kernels(config)
     _check_schedule(config)
+    check_profiling(config, world_size, torch.cuda.is_available())
 
 
 def points_of(memory: MemoryConfig) -> torch.Tensor:

@@ -7,7 +7,6 @@ All ranks take every decision together: to skip a batch, to stop because one of 
 
 from __future__ import annotations
 
-import uuid
 from itertools import tee
 
 import torch
@@ -16,11 +15,14 @@ from em_megatron.checkpoint.folder import CheckpointError, complete_steps, step_
 from em_megatron.data.stream import TokenStream
 from em_megatron.evaluation.perplexity import evaluate
 from em_megatron.model.sizes import flops_per_token, memory_floats_per_sequence, padded_vocab_size
-from em_megatron.training.metrics import MetricLog, Throughput, finite
+from em_megatron.training.measurements import StepClock
+from em_megatron.training.metrics import MetricLog, finite
+from em_megatron.training.profiling import Profiler
 from em_megatron.training.saving import Saver
 from em_megatron.training.setup import Run
 from em_megatron.training.step import StepResult, TrainingError, train_step
 from em_megatron.training.stopping import StopRequest
+from em_megatron.training.tracking import wandb_id_of
 from em_megatron.training.watchdog import SAVING, Watchdog
 
 SKIPPED = "skipped.jsonl"
@@ -42,32 +44,37 @@ def train(run: Run, stop: StopRequest | None = None) -> str:
     last_step = config.training.train_steps
     if config.training.stop_after_steps:
         last_step = min(last_step, state.step + config.training.stop_after_steps)
-    state.wandb_id = state.wandb_id or uuid.uuid4().hex[:12]
     rank = torch.distributed.get_rank()
-    data = run.training_data()
-    # Every chunk of the model reads the same micro-batches.
-    feeds = tee(data, len(run.model)) if len(run.model) > 1 else (data,)
+    if rank == 0:
+        state.wandb_id = wandb_id_of(config.run_dir, state.wandb_id)
     held_out = run.corpus.stream(config, "validation") if config.validation.interval else None
     metrics = MetricLog(config, state.step, state.wandb_id, active=rank == 0)
     saver = Saver(run, metrics.say)
     watchdog = Watchdog(config.run_dir / "stacks", rank, config.faults.hang_minutes, stop).start()
-    speed, tokens_since_row, exit_code = _throughput(run), 0, 1
+    data, clock = run.training_data(), _clock(run)
+    batches = clock.timed(data)
+    # Every chunk of the model reads the same micro-batches.
+    feeds = tee(batches, len(run.model)) if len(run.model) > 1 else (batches,)
+    profiler, exit_code = Profiler(config, run.device, clock, state.step), 1
     validation = _Validation(run, held_out, metrics, stop, watchdog)
     try:
-        stopping = stop.agreed() or validation.stopped_if_owed()
+        with clock.paused():
+            stopping = stop.agreed() or validation.stopped_if_owed()
         while state.step < last_step and not stopping:
             watchdog.beat(f"step {state.step + 1}")
-            result = train_step(config, run.layout, run.model, run.optimizer, run.scheduler, feeds, run.bad, stop.here)
+            with profiler.step(state.step + 1):
+                result = train_step(
+                    config, run.layout, run.model, run.optimizer, run.scheduler, feeds, run.bad, stop.here
+                )
             _advance(run, result)
-            tokens_since_row += result.tokens
+            clock.count(result.tokens)
             if result.skipped:
                 _skip(run, result, metrics)
             ends, stopping = state.step == last_step, result.stop
             if ends or state.step % config.logging.interval == 0:
-                metrics.train_row(_row(run, result) | speed.read(tokens_since_row))
-                tokens_since_row = 0
+                metrics.train_row(_row(run, result) | clock.row() | profiler.found())
             state.owes_validation = held_out is not None and (ends or state.step % config.validation.interval == 0)
-            with speed.paused():
+            with clock.paused():
                 stopping = stopping or validation.stopped_if_owed()
                 watchdog.beat(SAVING)
                 saver.poll()
@@ -79,6 +86,7 @@ def train(run: Run, stop: StopRequest | None = None) -> str:
         exit_code = 0
     finally:
         data.close()
+        profiler.close()
         watchdog.stop()
         metrics.close(exit_code)
     if stopping and (state.step < last_step or state.owes_validation):
@@ -182,11 +190,10 @@ def _newest(run: Run) -> str:
     )
 
 
-def _throughput(run: Run) -> Throughput:
+def _clock(run: Run) -> StepClock:
     config = run.config
     vocab = padded_vocab_size(run.corpus.vocabulary.size, config.model.make_vocab_size_divisible_by)
     flops = flops_per_token(
         config.model, config.memory, vocab, config.data.sequence_length, config.parallel.context_parallel_size
     )
-    name = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"
-    return Throughput(flops, run.layout.world_size, name)
+    return StepClock(flops, run.layout.world_size, run.device)

@@ -2,6 +2,7 @@
 
 loss.png        training loss (each step and smoothed), held-out loss, learning rate; steps below, tokens above
 positions.png   held-out perplexity by position in the context: falling where memory of earlier blocks helps
+throughput.png  tokens/s, where the time of a step goes (waits for data, communication), and memory peaks, over steps
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def plot_run(run_dir: Path, block_length: int | None = None) -> list[Path]:
         curves = [Curve(f"step {row['step']:,}", *position_curve(row)) for row in validations]
         if any(len(curve.positions) for curve in curves):
             written.append(_draw_positions(curves, block_length, Path(run_dir) / "positions.png"))
+        if any(_is_finite(row.get("data_wait")) for row in training):
+            written.append(_draw_throughput(training, Path(run_dir) / "throughput.png"))
     return written
 
 
@@ -185,6 +188,57 @@ def _draw_loss(training: list[Row], validations: list[Row], path: Path) -> Path:
     _add_token_axis(upper, *_column(training, "consumed_tokens"))
     figure.savefig(path)
     return path
+
+
+def _draw_throughput(training: list[Row], path: Path) -> Path:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+    speed, shares, memory = figure.subplots(3, 1, sharex=True, height_ratios=[1.4, 1.4, 1])
+    steps, rate = _column(training, "tokens_per_second")
+    if len(steps):
+        speed.plot(steps, rate, color=TRAINING, alpha=0.28, linewidth=0.9)
+        speed.plot(steps, smoothed(rate), color=TRAINING, linewidth=1.8, label=_speed_label(training))
+        speed.legend(loc="lower right")
+    speed.set_ylabel("tokens per second")
+    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
+    dots: Row = {"marker": "o", "markersize": 3.5, "linewidth": 1.0}  # measured now and then
+    for name, label, color, look in (
+        ("data_wait", "waiting for data", TRAINING, {"linewidth": 1.2}),
+        ("communication_share", "communication", HELD_OUT, dots),
+        ("exposed_communication_share", "of it, exposed", HELD_OUT, dots | {"linestyle": ":"}),
+        ("slowest_rank_excess", "slowest rank over median", INK, dots),
+    ):
+        steps, values = _column(training, name)
+        if len(steps):
+            shares.plot(steps, values, color=color, label=label, **look)
+    shares.set_ylabel("share of a step")
+    shares.yaxis.set_major_formatter(PercentFormatter(1.0))
+    shares.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, fontsize=8, borderaxespad=0.2, borderpad=0)
+    for name, label, color in (("memory_reserved_gb", "reserved", FAINT), ("memory_peak_gb", "peak", INK)):
+        steps, values = _column(training, name)
+        if len(steps):
+            memory.plot(steps, values, color=color, linewidth=1.4, label=label)
+    memory.set_ylabel("GB, fullest rank")
+    if memory.lines:
+        memory.legend(loc="lower right", fontsize=8)
+    memory.set_xlabel("step")
+    memory.set_xlim(left=0)
+    memory.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    memory.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    for axes in (speed, shares, memory):
+        axes.set_ylim(bottom=0)
+        axes.spines["top"].set_visible(False)
+    figure.savefig(path)
+    return path
+
+
+def _speed_label(training: list[Row]) -> str:
+    """The medians of the run."""
+    _, rate = _column(training, "tokens_per_second")
+    _, mfu = _column(training, "mfu")
+    return f"median {np.median(rate):,.0f} tokens/s" + (f", MFU {np.median(mfu):.1%}" if len(mfu) else "")
 
 
 def _held_out_label(row: Row) -> str:

@@ -55,6 +55,7 @@ def saved_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
         "parallel.sequence_parallel=false",
         "parallel.use_distributed_optimizer=false",
         "training.recompute=none",
+        "profiling.first_step=0",
     ]
     return load_config(checkpoint / "config.yaml", [*alone, *overrides])
 

@@ -17,6 +17,7 @@ from em_megatron.parallel.process_groups import Layout
 from em_megatron.training.bad_batches import BadBatches
 from em_megatron.training.loss import loss_function, sum_over_world, token_loss_function
 from em_megatron.training.microbatch import MicroBatch
+from em_megatron.training.profiling import span
 
 
 class TrainingError(RuntimeError):
@@ -39,7 +40,8 @@ class StepResult:
 
 def forward_step(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     """Forward of one micro-batch on this stage, and the function that turns the last stage's output into the loss."""
-    batch = next(data)
+    with span("data"):
+        batch = next(data)
     return _token_losses(batch, model), partial(loss_function, batch.loss_mask)
 
 
@@ -99,7 +101,8 @@ def train_step(
     optimizer.zero_grad()
     micro = config.training.micro_batch_size
     count = config.training.global_batch_size // (micro * layout.dp_size)
-    logged = run_schedule(forward_step, data, model, config, count, micro, forward_only=False)
+    with span("forward and backward"):
+        logged = run_schedule(forward_step, data, model, config, count, micro, forward_only=False)
     device = next(model[0].parameters()).device
     summed = torch.zeros(3, dtype=torch.float64, device=device)
     if logged and is_reporting_rank(layout):
@@ -113,7 +116,8 @@ def train_step(
         grad_norm = _same_on_all_ranks(float(optimizer.get_grad_norm()), device)
         objection = bad.objection(loss, grad_norm)
     if not objection:
-        grad_norm = float(optimizer.step()[1])
+        with span("optimizer"):
+            grad_norm = float(optimizer.step()[1])
         bad.accept(loss)
     scheduler.step(increment=1)
     return StepResult(loss, grad_norm, int(tokens), objection, stops > 0)
