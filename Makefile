@@ -82,7 +82,7 @@ endif
 	@$(if $(filter command,$(firstword $(origin PROMPT))),rm -f $(OUT)/sample.txt,:)
 	$(call step,6,exporting it as a Hugging Face folder,$(OUT)/hf/config.json,$(PY) launch/export_hf.py $(OUT) $(OUT)/hf)
 	$(call step,7,generating text through transformers,$(OUT)/sample.txt,$(call kept,$(PY) launch/generate.py $(OUT)/hf --prompt "$$PROMPT",$(OUT)/sample.txt))
-	@echo "[quickstart] done: look at $(OUT)/loss.png, $(OUT)/positions.png, $(OUT)/evaluation.txt, $(OUT)/hf/README.md and $(OUT)/sample.txt"
+	@echo "[quickstart] done: look at $(OUT)/loss.png, $(OUT)/throughput.png, $(OUT)/positions.png, $(OUT)/evaluation.txt, $(OUT)/hf/README.md and $(OUT)/sample.txt"
 
 .PHONY: quickstart-arguments
 quickstart-arguments:

@@ -8,7 +8,7 @@
 # Slurm itself queues the job again (#SBATCH --requeue). Every start goes on from the newest whole checkpoint.
 #
 # EM_MAX_RESTARTS   starts without progress before the job fails (default 3)
-# EM_HEALTH_CHECK   0: no check of the nodes before the first start
+# EM_HEALTH_CHECK   0: no check of the nodes before the first start and after a failed one
 # EM_MOUNTS         folders that a container sees beside this one: /data,/scratch
 # EM_SRUN           more options for srun
 # and those of slurm/node_entry.sh
@@ -63,10 +63,12 @@ launch() {
 }
 
 say "job $SLURM_JOB_ID on $SLURM_NNODES nodes, head node $EM_HEAD_NODE, restart ${SLURM_RESTART_COUNT:-0}"
-if [ "${EM_HEALTH_CHECK:-1}" != 0 ]; then
+check_nodes() {
+    [ "${EM_HEALTH_CHECK:-1}" != 0 ] || return 0
     launch launch/health_check.py --output "$PWD" --expected-gpus "${SLURM_GPUS_ON_NODE:-0}"
     [ "$code" = 0 ] || [ "$asked" = 1 ] || fail "the nodes are not fit, see above: exclude one with sbatch --exclude=NODE"
-fi
+}
+check_nodes
 
 newest() { cat "$EM_OUTCOME_FILE.progress" 2>/dev/null || echo 0; }
 
@@ -100,20 +102,29 @@ run() {
             refused) exit 2 ;;
             stopped) [ "$asked" = 1 ] || wait_for_slurm ;;
             *)
+                [ "$asked" = 0 ] || break # the signal found a process that could not take it yet, or a save that was too slow
                 [ "$(newest)" = "$before" ] || failures=0
                 failures=$((failures + 1))
                 [ "$failures" -le "${EM_MAX_RESTARTS:-3}" ] || fail "gave up after $failures failed starts without progress"
                 [ "$terminated" = 0 ] || wait_for_slurm
-                [ "$asked" = 1 ] || say "starting again (failure $failures without a new checkpoint)"
+                say "starting again (failure $failures without a new checkpoint)"
+                check_nodes
                 ;;
         esac
     done
+    # Asked to end again and again before there is anything to go on from: the time limit is too short.
+    idle=$(cat "$EM_OUTCOME_FILE.idle" 2>/dev/null || echo 0)
+    if [ "$(newest)" = "$at_start" ]; then idle=$((idle + 1)); else idle=0; fi
+    echo "$idle" >"$EM_OUTCOME_FILE.idle"
+    [ "$idle" -le "${EM_MAX_RESTARTS:-3}" ] || fail "this job was asked to end $idle times before a new checkpoint was \
+written: give it more time (sbatch --time), or send its signal later (--signal=B:USR1@SECONDS)"
     say "asking Slurm to run this job again"
     scontrol requeue "$SLURM_JOB_ID" || fail "this job could not be queued again: submit it once more, it goes on where it stopped"
     sleep 60 # Slurm ends this script
     exit 1
 }
 
+at_start=$(newest)
 command=()
 for word in "$@" --then; do
     if [ "$word" = --then ]; then

@@ -12,7 +12,7 @@ from em_megatron.data.manifest import MANIFEST_NAME, Manifest
 from em_megatron.planning.gpus import GIB, find_gpu
 from em_megatron.planning.job import Cluster, Job
 from em_megatron.planning.memory import RESERVE
-from em_megatron.planning.search import Planned, check, divisors, fitting_layouts, usable_bytes
+from em_megatron.planning.search import Planned, check, divisors, fitting_layouts, keeps_batch, usable_bytes
 from em_megatron.planning.speed import DEFAULT_MFU
 
 DEFAULT_VOCAB_SIZE = 32000
@@ -77,17 +77,16 @@ def make_plan(
     vocab, where = _vocab_size(config, vocab_size)
     share = DEFAULT_MFU if mfu is None else mfu
     asked, refusal = _asked(config, cluster, vocab, share)
-    layouts = fitting_layouts(config, cluster, vocab, share, keep_batch=True)
-    larger = _larger_batch(config, cluster, vocab, share, layouts)
-    smallest = None if layouts or larger else _smallest(config, cluster, vocab, share)
+    found = fitting_layouts(config, cluster, vocab, share)
+    layouts = [planned for planned in found if keeps_batch(planned, config)]
     return Plan(
         recipe=config,
         cluster=cluster,
         asked=asked,
         refusal=refusal,
         layouts=layouts,
-        larger_batch=larger,
-        smallest=smallest,
+        larger_batch=_larger_batch([planned for planned in found if not keeps_batch(planned, config)], layouts),
+        smallest=None if found else _smallest(config, cluster, vocab, share),
         assumptions=_assumptions(config, cluster, share, mfu is None, vocab, where),
     )
 
@@ -153,18 +152,12 @@ def _remedy(part: str, config: RunConfig) -> str:
     return f"{micro}{again}or a layout in which more ranks share a sample"
 
 
-def _larger_batch(config: RunConfig, cluster: Cluster, vocab: int, mfu: float, layouts: list[Planned]) -> list[Planned]:
-    """Layouts with a larger global batch, where there are none without or these are much faster."""
-    size = config.training.global_batch_size
-    found = [
-        planned
-        for planned in fitting_layouts(config, cluster, vocab, mfu, keep_batch=False)
-        if planned.job.config.training.global_batch_size != size
-    ]
+def _larger_batch(found: list[Planned], layouts: list[Planned]) -> list[Planned]:
+    """Of layouts with a larger global batch, those much faster than the `layouts` without; where there are none, all, the
+    smallest change of the batch first."""
     if layouts:
         enough = WORTH_A_LARGER_BATCH * layouts[0].estimate.tokens_per_second
         return [planned for planned in found if planned.estimate.tokens_per_second > enough]
-    # The smallest change of the batch first.
     return sorted(found, key=lambda planned: planned.job.config.training.global_batch_size)
 
 
@@ -173,7 +166,7 @@ def _smallest(config: RunConfig, cluster: Cluster, vocab: int, mfu: float) -> Pl
     nodes = 2 * cluster.nodes
     while nodes <= MOST_NODES:
         larger = dataclasses.replace(cluster, nodes=nodes)
-        found = fitting_layouts(config, larger, vocab, mfu, keep_batch=False)
+        found = fitting_layouts(config, larger, vocab, mfu)
         if found:
             return found[0]
         nodes *= 2

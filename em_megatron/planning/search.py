@@ -57,28 +57,32 @@ def check(config: RunConfig, world_size: int) -> None:
     validate(config, world_size)
 
 
-def fitting_layouts(
-    config: RunConfig, cluster: Cluster, vocab_size: int, mfu: float, keep_batch: bool
-) -> list[Planned]:
-    """All layouts that fit, the fastest first, each with the least recomputation with which it fits and the best
-    micro-batch and number of model chunks.
+def fitting_layouts(config: RunConfig, cluster: Cluster, vocab_size: int, mfu: float) -> list[Planned]:
+    """All layouts that fit, the fastest first: of each division into tensor, pipeline and context ranks the best micro-batch
+    and number of model chunks, with the least recomputation with which it fits.
+
+    A division that does not divide training.global_batch_size has the next larger one that it does; the run is then
+    shortened, so that it sees as many tokens. A division may be there twice, with the batch as it is and with a larger.
 
     Args:
         config: the recipe; its parallel section, micro-batch size and recomputation are free, the rest stays.
         cluster, vocab_size, mfu: as in `Planned`.
-        keep_batch: only layouts that divide training.global_batch_size; otherwise it is raised to the next size that
-            the layout divides, and the run shortened so that it sees as many tokens.
     """
     best: dict[tuple[int, ...], Planned] = {}
     micro_batches = sorted({config.training.micro_batch_size, 1})
     for layout, micro_batch in itertools.product(_layouts(config, cluster), micro_batches):
-        planned = _least_recomputation(config, layout, micro_batch, cluster, vocab_size, mfu, keep_batch)
+        planned = _least_recomputation(config, layout, micro_batch, cluster, vocab_size, mfu)
         if planned is None:
             continue
-        axes = planned.job.tensor, planned.job.pipeline, planned.job.context
-        if axes not in best or _rank(planned) < _rank(best[axes]):
-            best[axes] = planned
+        key = planned.job.tensor, planned.job.pipeline, planned.job.context, int(keeps_batch(planned, config))
+        if key not in best or _rank(planned) < _rank(best[key]):
+            best[key] = planned
     return [planned for planned in sorted(best.values(), key=_rank) if _is_valid(planned)]
+
+
+def keeps_batch(planned: Planned, config: RunConfig) -> bool:
+    """Whether it trains with the recipe's global batch size."""
+    return planned.job.config.training.global_batch_size == config.training.global_batch_size
 
 
 def _layouts(config: RunConfig, cluster: Cluster) -> Iterator[tuple[int, int, int, int]]:
@@ -89,9 +93,8 @@ def _layouts(config: RunConfig, cluster: Cluster) -> Iterator[tuple[int, int, in
         shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size, cluster.gpus_per_node,
         config.model.make_vocab_size_divisible_by,
     )  # fmt: skip
-    for tensor, context, pipeline in itertools.product(
-        divisors(shared), divisors(blocks), divisors(shape.num_layers)
-    ):  # fmt: skip
+    sizes = itertools.product(divisors(shared), divisors(blocks), divisors(shape.num_layers))
+    for tensor, context, pipeline in sizes:
         if world % (tensor * context * pipeline) or config.data.sequence_length // context % tensor:
             continue
         for chunks in CHUNKS if pipeline > 1 else (1,):
@@ -111,20 +114,15 @@ def _least_recomputation(
     cluster: Cluster,
     vocab_size: int,
     mfu: float,
-    keep_batch: bool,
 ) -> Planned | None:
-    """The layout with the first kind of recomputation with which it fits; None if none does, or the batch is in the way."""
+    """The layout with the first kind of recomputation with which it fits; None if none does."""
     for recompute in RECOMPUTE:
         candidate = with_layout(config, layout, micro_batch, recompute, cluster.world_size)
-        if keep_batch and candidate.training.global_batch_size != config.training.global_batch_size:
-            return None
         planned = Planned(Job(candidate, cluster.world_size, vocab_size), cluster, mfu)
         try:
             if planned.fits:
                 return planned
-        except (
-            ValueError
-        ):  # the memory's matrices of so many blocks are too large, or there are fewer than a superchunk
+        except ValueError:  # matrices of so many blocks are too large for any superchunk, or there are fewer than one
             return None
     return None
 

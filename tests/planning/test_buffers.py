@@ -38,20 +38,18 @@ BUILT = {  # name → (ranks, overrides)
 
 
 def bytes_of_runs(corpus: Path, folder: Path, settings: list[tuple[str, ...]]) -> list[dict[str, int]]:
-    """Trains a step of each run on the ranks at hand: bytes of this rank's buffers and states, and its place."""
+    """Sets up each run on the ranks at hand and updates its weights once: bytes of this rank's buffers and states, and its
+    place."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from em_megatron.training.loop import train
     from em_megatron.training.setup import set_up
 
     found = []
     for index, overrides in enumerate(settings):
-        config = corpora.run_config(
-            corpus, folder, f"name=run{index}", "training.stop_after_steps=1", "validation.interval=0", *overrides
-        )
+        config = corpora.run_config(corpus, folder, f"name=run{index}", *overrides)
         run = set_up(config, dist.get_world_size() if dist.is_initialized() else 1)
-        train(run)
+        run.optimizer.step()  # with gradients of zero; AdamW makes its moments here
         found.append({"stage": run.layout.pp_rank, "owner": run.layout.dp_rank + run.layout.cp_rank, **held(run)})
         parallel_state.destroy_model_parallel()
         dist.barrier()

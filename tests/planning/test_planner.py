@@ -20,6 +20,7 @@ from em_megatron.planning.search import Planned, usable_bytes
 from em_megatron.planning.speed import estimate, group_bandwidth
 from em_megatron.planning.traffic import traffic
 from em_megatron.validate import validate
+from launch.plan import main
 from tests.training import corpora
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
@@ -197,22 +198,21 @@ def test_gpus_by_name():
     assert find_gpu("A100") is GPUS["a100-80"]
 
 
-def test_entry_point(tmp_path):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "launch/plan.py", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    done = run(
-        str(ONE_B), "--nodes", "64", "--gpus-per-node", "8", "--gpu", "h100", "training.train_steps=1200", "--json"
-    )
+def test_entry_point(tmp_path, capsys):
+    command = [sys.executable, "launch/plan.py", str(ONE_B), "--nodes", "64", "--json", "training.train_steps=1200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
     plan = json.loads(done.stdout)
-    assert plan["nodes"] == 64
+    assert (plan["nodes"], plan["gpus_per_node"], plan["gpu"]["name"]) == (64, 8, "h100")
     assert "256" in plan["refusal"]
-    assert plan["layouts"][0]["fits"]
-    assert plan["layouts"][0]["memory_bytes"]["total"] < plan["usable_bytes"]
-    fits = run(str(ONE_B), *plan["layouts"][0]["overrides"], "--nodes=64")
-    assert fits.returncode == 0, fits.stderr
-    assert "assumptions" in fits.stdout
-    wrong = run(str(tmp_path / "none.yaml"))
-    assert (wrong.returncode, wrong.stderr.startswith("error: recipe")) == (2, True)
+    best = plan["layouts"][0]
+    assert best["fits"]
+    assert best["memory_bytes"]["total"] < plan["usable_bytes"]
+    assert main([str(ONE_B), *best["overrides"], "--nodes=64"]) == 0
+    assert "assumptions" in capsys.readouterr().out
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("error: recipe")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--mfu", "--vocab-size", "--gpus-per-node", "b200", "memory.order"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.box import SlurmBox
+from tests.slurm.box import ENDED, SlurmBox
 from tests.slurm.jobs import (
     STEPS,
     assert_same,
@@ -65,6 +65,35 @@ def test_usr1_saves_queues_again_and_resumes_exactly(box: SlurmBox, corpus, undi
     assert f"launch ended: stopped at step {stopped}" in text
     assert text.count("job " + str(number)) == 2  # one file for both starts
     assert_same(run, undisturbed, tmp_path)
+
+
+@pytest.mark.slow
+def test_slurm_itself_sends_the_signal_before_the_time_limit(box: SlurmBox, corpus, tmp_path):
+    """With a limit of two minutes and a signal one minute before: some 36 seconds after the start, as Slurm rounds."""
+    output, run, steps = tmp_path / "job.out", tmp_path / "limited", 900
+    arguments = overrides(corpus, tmp_path, "limited", steps, save_interval=1000)
+    options = ["--nodes=2", "--gpus-per-node=0", "--time=2", "--signal=B:USR1@60", f"--output={output}"]
+    number = box.sbatch(*options, "slurm/pretrain_1b.sh", *arguments, "validation.interval=0", **environment())
+    for _ in range(8):
+        if box.wait(number, (*ENDED, "PENDING"), seconds=200)["JobState"] != "PENDING":
+            break
+        box.rerun_now(number)
+        box.wait(number, ("RUNNING",))
+    job = box.job(number)
+    assert job["JobState"] == "COMPLETED", output.read_text()
+    assert int(job["Restarts"]) >= 1
+    assert [row["step"] for row in rows(run)] == list(range(1, steps + 1))
+
+
+def test_a_job_that_is_always_ended_too_early_gives_up(box: SlurmBox, corpus, tmp_path):
+    """The signal comes while the ranks are still importing: nothing is there to go on from."""
+    output = tmp_path / "job.out"
+    number = submit(box, output, "pretrain_1b.sh", *overrides(corpus, tmp_path, "early", 5), EM_MAX_RESTARTS="0")
+    box.wait(number, ("RUNNING",))
+    time.sleep(3)
+    box.command("scancel", "--signal=USR1", "--batch", number)
+    assert box.wait(number)["JobState"] == "FAILED"
+    assert "was asked to end 1 times before a new checkpoint was written" in output.read_text()
 
 
 def test_a_preempted_job_saves_in_its_grace_time_and_is_run_again(box: SlurmBox, corpus, undisturbed, tmp_path):
@@ -188,4 +217,6 @@ def test_every_script_is_accepted(slurm_packages, tmp_path):
     with SlurmBox(tmp_path, nodes=32, prefix="big", gpus=8) as many:
         for path in batch:
             assert "to start at" in many.command("sbatch", "--test-only", path, "argument")
-        assert "not available" in many.command("sbatch", "--test-only", "--nodes=33", "slurm/pretrain_7b.sh", check=False)
+        assert "not available" in many.command(
+            "sbatch", "--test-only", "--nodes=33", "slurm/pretrain_7b.sh", check=False
+        )

@@ -31,7 +31,7 @@ LAYOUTS = {
         pytest.param("tensor", "raise", marks=pytest.mark.slow),
         pytest.param("pipeline", "raise", marks=pytest.mark.slow),
         ("context, all-gather", "kill"),
-        ("context, chain", "raise"),
+        pytest.param("context, chain", "raise", marks=pytest.mark.slow),
         pytest.param("data", "kill", marks=pytest.mark.slow),
         pytest.param("tensor", "kill", marks=pytest.mark.slow),
         pytest.param("pipeline", "kill", marks=pytest.mark.slow),

@@ -120,7 +120,14 @@ def test_every_layout_gives_the_same_losses(runs):
     assert losses["one rank", False] != losses["one rank", True]
 
 
-@pytest.mark.parametrize(("before", "after", "carry"), PAIRS)
+@pytest.mark.parametrize(
+    ("before", "after", "carry"),
+    # Slow: pairs that run with carried memory too.
+    [
+        pytest.param(*pair, marks=pytest.mark.slow) if (*pair[:2], not pair[2]) in PAIRS and not pair[2] else pair
+        for pair in PAIRS
+    ],
+)
 def test_another_layout_goes_on(ranks, chain_corpus, runs, before, after, carry):
     folder, losses = runs
     expected = losses[before, carry][SAVED:]
