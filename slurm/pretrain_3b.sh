@@ -2,7 +2,7 @@
 # 3B parameters on contexts of 32k tokens, on nodes of 8 GPUs.
 # usage: sbatch [--nodes=N ...] slurm/pretrain_3b.sh [section.key=value ...]
 #SBATCH --job-name=pretrain_3b
-#SBATCH --nodes=16
+#SBATCH --nodes=8
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

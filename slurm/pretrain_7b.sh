@@ -2,7 +2,7 @@
 # 7B parameters on contexts of 32k tokens, on nodes of 8 GPUs.
 # usage: sbatch [--nodes=N ...] slurm/pretrain_7b.sh [section.key=value ...]
 #SBATCH --job-name=pretrain_7b
-#SBATCH --nodes=32
+#SBATCH --nodes=16
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

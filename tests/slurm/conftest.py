@@ -27,7 +27,7 @@ def slurm_packages() -> None:
 
 @pytest.fixture(scope="session")
 def box(slurm_packages: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmBox]:
-    with SlurmBox(tmp_path_factory.mktemp("slurm")) as started:
+    with SlurmBox(tmp_path_factory.mktemp("slurm"), prefix=f"n{os.getpid()}-") as started:
         yield started
 
 

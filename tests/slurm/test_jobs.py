@@ -41,8 +41,7 @@ def test_a_job_on_two_nodes_checks_them_and_runs_to_the_end(box: SlurmBox, corpu
     number = submit(box, output, "pretrain_1b.sh", *arguments, **environment(check=True))
     assert box.wait(number)["JobState"] == "COMPLETED", output.read_text()
     text = output.read_text()
-    assert "node1" in text
-    assert "node2" in text
+    assert all(re.search(rf"^{name} ", text, re.MULTILINE) for name in box.names)  # the table of the health check
     assert "layout  2 ranks on cpu: tensor 1, pipeline 1, context 1, data 2" in text
     assert f"launch ended: finished at step {STEPS}" in text
     assert_same(tmp_path / "whole", undisturbed, tmp_path)
@@ -122,9 +121,11 @@ def test_a_killed_rank_and_a_node_that_dies(box: SlurmBox, corpus, undisturbed, 
     ranks_of("struck")[-1].send_signal(signal.SIGKILL)
     wait_for_step(box, number, run, 25)
     assert "starting again" in output.read_text()
-    box.crash("node2")
-    box.command("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=crashed")  # not after SlurmdTimeout
-    box.boot("node2")
+    box.crash(box.names[1])
+    box.command(
+        "scontrol", "update", f"NodeName={box.names[1]}", "State=DOWN", "Reason=crashed"
+    )  # not after SlurmdTimeout
+    box.boot(box.names[1])
     box.rerun_now(number)
     job = box.wait(number)
     assert job["JobState"] == "COMPLETED", output.read_text()
@@ -186,7 +187,7 @@ def test_a_head_node_that_cannot_be_resolved_ends_the_job_at_once(box: SlurmBox,
         assert box.wait(number)["JobState"] == "FAILED"
     finally:
         box.hosts(known=True)
-    assert "the name of the head node, node1, cannot be resolved here" in output.read_text()
+    assert f"the name of the head node, {box.names[0]}, cannot be resolved here" in output.read_text()
     assert time.monotonic() - started < 30
     assert not (tmp_path / "lost").exists()
 
@@ -196,7 +197,8 @@ def test_a_head_node_that_resolves_to_this_machine_is_refused(box: SlurmBox, cor
     arguments = overrides(corpus, tmp_path, "lost", 5)
     number = submit(box, output, "pretrain_1b.sh", *arguments, EM_MAX_RESTARTS="0", EM_ONE_MACHINE="0")
     assert box.wait(number)["JobState"] == "FAILED"
-    assert "error (node2): the head node node1 resolves to 127.0.1.1 here" in output.read_text()
+    first, second = box.names
+    assert f"error ({second}): the head node {first} resolves to 127.0.1.1 here" in output.read_text()
 
 
 def test_a_recipe_that_cannot_work_is_not_started_again(box: SlurmBox, corpus, tmp_path):
@@ -214,7 +216,7 @@ def test_every_script_is_accepted(slurm_packages, tmp_path):
     scripts = sorted(Path("slurm").glob("*.sh"))
     batch = [path for path in scripts if "#SBATCH --job-name" in path.read_text()]
     assert len(batch) == 9
-    with SlurmBox(tmp_path, nodes=32, prefix="big", gpus=8) as many:
+    with SlurmBox(tmp_path, nodes=32, prefix=f"big{os.getpid()}-", gpus=8) as many:
         for path in batch:
             assert "to start at" in many.command("sbatch", "--test-only", path, "argument")
         assert "not available" in many.command(

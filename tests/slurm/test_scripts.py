@@ -1,0 +1,33 @@
+"""What the batch scripts ask for is what their recipes need."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from em_megatron.planning.planner import make_plan
+
+SCRIPTS = sorted(Path("slurm").glob("pretrain_*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_recipe_fits_the_nodes_that_its_script_asks_for(script: Path):
+    text = script.read_text()
+    nodes, gpus = (
+        int(re.search(rf"^#SBATCH --{name}=(\d+)$", text, re.MULTILINE)[1]) for name in ("nodes", "gpus-per-node")
+    )
+    recipe = re.search(r"launch/recipes/\w+\.yaml", text)[0]
+    assert make_plan(recipe, (), nodes, gpus, "h100").refusal is None
+    assert f"{script.stem}.yaml" in recipe
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not there: apt-get install shellcheck")
+def test_scripts_pass_shellcheck():
+    done = subprocess.run(
+        ["shellcheck", *map(str, Path("slurm").glob("*.sh")), ".ci/run"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
