@@ -173,7 +173,7 @@ class FaultConfig:
     hang_minutes: float = option(
         15.0,
         "a rank without progress for so long writes the stacks of its threads to runs/NAME/stacks and ends, so that the "
-        "run can be restarted; three times as long up to the end of the first step, which compiles kernels; 0: never",
+        "run can be restarted; three times as long for set-up and first step, which loads and compiles; 0: never",
     )
 
 

@@ -47,17 +47,18 @@ def main() -> int:
     from em_megatron.data.manifest import DataError
     from em_megatron.parallel.launcher import end_with_launcher, leave
     from em_megatron.parallel.process_groups import shutdown
-    from em_megatron.training.loop import train
+    from em_megatron.training.loop import train, watchdog_of
     from em_megatron.training.report import describe_run
     from em_megatron.training.setup import set_up
     from em_megatron.training.step import TrainingError
 
     end_with_launcher()
+    watchdog = watchdog_of(config, rank, stop).start()
     try:
         run = set_up(config, world_size)
         if rank == 0:
             print(describe_run(run), flush=True)
-        outcome = train(run, stop)
+        outcome = train(run, stop, watchdog)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         report_outcome("refused")
         leave(error, 2 if isinstance(error, ConfigError) else 1, on_all_ranks=not isinstance(error, DataError))

@@ -13,7 +13,8 @@ vocabulary V, all of this rank, and R' = R / tensor ranks under sequence paralle
 
 as the autograd functions of em_megatron/ops, RMSNorm, Megatron's parallel linear layers and its fused SwiGLU save
 them; the memory operator is linear and keeps nothing. Selective recomputation drops slots and log-sum-exp, full
-recomputation all but the first residual. The last stage adds the softmax over the vocabulary in fp32.
+recomputation all but the first residual. The last stage adds the softmax over the vocabulary in fp32. Where there is
+dropout, each half of a layer and the embedding keep its mask, a byte for each number (not measured).
 tests/planning/test_activations.py compares all of it with what built models allocate.
 """
 

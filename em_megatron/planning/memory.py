@@ -39,8 +39,9 @@ class MemoryParts:
 
 def peak_memory(job: Job, bucketed: bool = True) -> MemoryParts:
     """The parts of the stage with the largest sum. `bucketed`: see `buffers.static_bytes`."""
-    stages = sorted({0, min(1, job.pipeline - 1), job.pipeline - 1})  # those between hold fewer micro-batches
-    return max((stage_memory(job, stage, bucketed) for stage in stages), key=lambda parts: parts.total)
+    # The first stage holds most micro-batches, the last the loss; another one can only have more memory layers.
+    stages = {0, job.pipeline - 1, max(range(job.pipeline), key=lambda stage: max(job.memory_layers_of(stage)))}
+    return max((stage_memory(job, stage, bucketed) for stage in sorted(stages)), key=lambda parts: parts.total)
 
 
 def stage_memory(job: Job, stage: int, bucketed: bool = True) -> MemoryParts:

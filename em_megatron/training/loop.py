@@ -12,6 +12,7 @@ from itertools import tee
 import torch
 
 from em_megatron.checkpoint.folder import CheckpointError, complete_steps, step_name
+from em_megatron.config import RunConfig
 from em_megatron.data.stream import TokenStream
 from em_megatron.evaluation.perplexity import evaluate
 from em_megatron.model.sizes import flops_per_token, memory_floats_per_sequence, padded_vocab_size
@@ -28,8 +29,10 @@ from em_megatron.training.watchdog import SAVING, Watchdog
 SKIPPED = "skipped.jsonl"
 
 
-def train(run: Run, stop: StopRequest | None = None) -> str:
+def train(run: Run, stop: StopRequest | None = None, watchdog: Watchdog | None = None) -> str:
     """Trains `run` from where it stands to its last step, or for `training.stop_after_steps`, or until `stop` is asked for.
+
+    A `watchdog` that watched over the set-up goes on; by default one starts here.
 
     Returns:
         "finished" at the last step of the run; "paused" before it, by stop_after_steps; "stopped", by a signal. The state
@@ -50,7 +53,7 @@ def train(run: Run, stop: StopRequest | None = None) -> str:
     held_out = run.corpus.stream(config, "validation") if config.validation.interval else None
     metrics = MetricLog(config, state.step, state.wandb_id, active=rank == 0)
     saver = Saver(run, metrics.say)
-    watchdog = Watchdog(config.run_dir / "stacks", rank, config.faults.hang_minutes, stop).start()
+    watchdog = watchdog or watchdog_of(config, rank, stop).start()
     data, clock = run.training_data(), _clock(run)
     batches = clock.timed(data)
     # Every chunk of the model reads the same micro-batches.
@@ -94,6 +97,11 @@ def train(run: Run, stop: StopRequest | None = None) -> str:
     return "finished" if state.step >= config.training.train_steps else "paused"
 
 
+def watchdog_of(config: RunConfig, rank: int, stop: StopRequest) -> Watchdog:
+    """The watchdog of a rank, with its stacks in the run's folder."""
+    return Watchdog(config.run_dir / "stacks", rank, config.faults.hang_minutes, stop)
+
+
 def _row(run: Run, result: StepResult) -> dict[str, float]:
     return {
         "step": run.state.step,
@@ -102,6 +110,7 @@ def _row(run: Run, result: StepResult) -> dict[str, float]:
         "learning_rate": float(run.optimizer.param_groups[0]["lr"]),
         "consumed_samples": run.state.consumed_samples,
         "consumed_tokens": run.state.consumed_tokens,
+        "skipped_batches": len(run.bad.skipped),
         "memory_floats_per_sequence": memory_floats_per_sequence(run.config.model, run.config.memory),
     }
 

@@ -21,7 +21,7 @@ FIRST_STEP = 3.0  # times as long, for compilation and tuning of kernels
 SECONDS_AFTER_SIGTERM = 20.0  # a rank whose peers are gone would wait for them until the collective's time limit
 _LONGER = 30.0  # after which Python's own watchdog acts, should a thread hold the interpreter's lock
 _POLL_SECONDS = 0.5
-SAVING = "saving"
+SETTING_UP, SAVING = "set-up", "saving"
 
 
 class Watchdog:
@@ -37,14 +37,14 @@ class Watchdog:
     def __init__(self, folder: Path, rank: int, minutes: float, stop: StopRequest) -> None:
         self.path = folder / f"rank_{rank:05d}.txt"
         self._rank, self._seconds, self._stop = rank, minutes * 60, stop
-        self._phase, self._last, self._factor = "start", time.monotonic(), FIRST_STEP
+        self._phase, self._last, self._factor = SETTING_UP, time.monotonic(), FIRST_STEP
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> Watchdog:
         """Begins to watch."""
         self._thread.start()
-        self.beat("start")
+        self.beat(SETTING_UP)
         return self
 
     def beat(self, phase: str) -> None:

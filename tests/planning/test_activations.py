@@ -9,7 +9,7 @@ from em_megatron.config import RunConfig, load_config
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.planning.activations import Activations
 from em_megatron.planning.job import Job
-from em_megatron.planning.memory import stage_memory
+from em_megatron.planning.memory import peak_memory, stage_memory
 from em_megatron.validate import validate
 from tests.multi_rank import Pools
 from tests.planning.fake_rank import forms_of_a_gpu, measure
@@ -80,6 +80,26 @@ def test_peak_of_a_step_at_real_sizes(case):
     assert LOWEST < planned / measured.peak < HIGHEST, measured.at_peak
 
 
+RECIPES = {  # ranks that a recipe is written for
+    "pretrain_125m": 8, "pretrain_400m": 16, "pretrain_1b": 64, "pretrain_1b_256k": 8, "pretrain_3b": 64,
+    "pretrain_7b": 128,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_peak_of_a_step_of_a_recipe(recipe):
+    config = load_config(f"launch/recipes/{recipe}.yaml", ["memory.kernels=triton"])
+    job = Job(config, RECIPES[recipe], VOCAB)
+    measured = measure(config, job.tensor * job.context - 1, RECIPES[recipe], VOCAB)
+    plan = peak_memory(job, bucketed=False)
+    planned = plan.activations + plan.communication
+    print(
+        f"{recipe}: measured {measured.peak / 2**30:.3f} GiB, plan {planned / 2**30:.3f}, {planned / measured.peak:.3f}"
+    )
+    assert LOWEST < planned / measured.peak < HIGHEST, measured.at_peak
+
+
 def validate_anywhere(config: RunConfig, ranks: int) -> None:
     """As on a GPU, where Triton kernels run."""
     validate(load_config(config, ["memory.kernels=auto"]), ranks)
@@ -136,8 +156,8 @@ def planned_saved(overrides: tuple[str, ...], ranks: int, vocab: int) -> int:
     [
         (),
         ("training.recompute=selective", "training.micro_batch_size=2"),
-        ("training.recompute=full",),
-        ("model.qk_layernorm=true", "memory.layers=1"),
+        pytest.param(("training.recompute=full",), marks=pytest.mark.slow),
+        pytest.param(("model.qk_layernorm=true", "memory.layers=1"), marks=pytest.mark.slow),
     ],
     ids=["none", "selective", "full", "query norms"],
 )

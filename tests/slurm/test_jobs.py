@@ -22,6 +22,7 @@ from tests.slurm.jobs import (
     submit,
     wait_for_step,
 )
+from tests.tokenizer.small_corpus import train_model, write_texts
 
 pytestmark = pytest.mark.slurm
 
@@ -176,6 +177,25 @@ def test_an_array_compares_variants(box: SlurmBox, corpus, tmp_path):
         assert (tmp_path / name / "evaluation").is_dir()
     assert "order: 24" in (tmp_path / "large" / "config.yaml").read_text()
     assert not (tmp_path / "unnamed").exists()
+
+
+def test_texts_are_encoded_on_a_node(box: SlurmBox, tmp_path):
+    texts = write_texts(tmp_path / "texts", files=8, words=200)
+    model = train_model(texts, tmp_path / "tokenizer.model")
+    words = ["--tokenizer", str(model), "--input", str(texts), "--output", str(tmp_path / "shards")]
+    number = submit(box, tmp_path / "job.out", "tokenize.sh", *words, nodes=1)
+    assert box.wait(number)["JobState"] == "COMPLETED", (tmp_path / "job.out").read_text()
+    assert (tmp_path / "shards" / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_first_look_at_a_cluster(box: SlurmBox, tmp_path):
+    output = tmp_path / "job.out"
+    number = submit(box, output, "debug_multinode.sh", EM_HEALTH_CHECK="1")
+    assert box.wait(number)["JobState"] == "COMPLETED", output.read_text()
+    text = output.read_text()
+    assert text.count("fit to train on CPU processes") == 2  # the doctor on each node
+    assert "fit to train: 2 nodes, 2 ranks, 0 GPUs" in text  # and the health check over both
 
 
 def test_a_head_node_that_cannot_be_resolved_ends_the_job_at_once(box: SlurmBox, corpus, tmp_path):

@@ -115,7 +115,7 @@ def test_a_signal_is_known_to_other_threads_while_the_main_one_is_blocked(tmp_pa
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert "after SIGTERM in: start; stacks in" in errors
+    assert "after SIGTERM in: set-up; stacks in" in errors
     assert "never_returns" in (tmp_path / "rank_00003.txt").read_text()
 
 
