@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from em_megatron.config import ConfigError, plain_overrides
+from em_megatron.training.stopping import StopRequest
 
 
 def parse() -> argparse.Namespace:
@@ -26,6 +27,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
+    stop = StopRequest().catch()  # before torch is imported, which takes seconds
     arguments = parse()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -42,14 +44,14 @@ def main() -> int:
         if arguments.samples and arguments.reference_models:
             raise ConfigError("--reference-models are scored on the whole held-out split: leave --samples out")
         run = restore(arguments.checkpoint, arguments.overrides, world_size)
-        found = evaluate_checkpoint(run, arguments.samples, arguments.reference_models and rank == 0)
-        if rank == 0:
+        found = evaluate_checkpoint(run, arguments.samples, arguments.reference_models and rank == 0, stop.agreed)
+        if rank == 0 and found is not None:
             print(write_report(run, found, arguments.output or run.checkpoint.parent.parent / "evaluation"))
     except (ConfigError, CheckpointError, DataError) as error:
         report_outcome("refused")
         leave(error, 2, on_all_ranks=not isinstance(error, DataError))
     if rank == 0:
-        report_outcome("finished")
+        report_outcome("stopped" if found is None else "finished")
     shutdown()
     return 0
 

@@ -17,8 +17,8 @@ def parse() -> RunConfig:
     parser = argparse.ArgumentParser(
         prog="pretrain.py",
         description="Pretrains a language model with Elastic Memory on Megatron-Core. Calling it again goes on from "
-        "the newest complete checkpoint. SIGUSR1 and SIGTERM save and end. On several processes: "
-        "torchrun --nproc-per-node=N launch/pretrain.py ...; on a cluster: sbatch slurm/pretrain_1b.sh.",
+        "the newest complete checkpoint. SIGUSR1 and SIGTERM save and end. On several processes: torchrun "
+        "--nproc-per-node=N launch/pretrain.py ...; on a cluster: sbatch slurm/pretrain_1b.sh.",
         epilog=describe_options(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,10 +38,15 @@ def main() -> int:
 
         validate(config, world_size)
     except ConfigError as error:
+        report_outcome("refused")
         if rank == 0:
-            report_outcome("refused")
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit:  # arguments that are none, or --help
+        report_outcome("refused")
+        raise
+
+    import torch
 
     from em_megatron.checkpoint.folder import CheckpointError
     from em_megatron.data.manifest import DataError
@@ -58,16 +63,16 @@ def main() -> int:
         run = set_up(config, world_size)
         if rank == 0:
             print(describe_run(run), flush=True)
-        outcome = train(run, stop, watchdog)
+        train(run, stop, watchdog)
+        torch.distributed.barrier()  # rank 0 closes its logs meanwhile; the launcher ends all when one has ended
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
-        report_outcome("refused")
+        # A disk that is full, or does not answer, may do better at the next start.
+        report_outcome("failed" if isinstance(error, CheckpointError) else "refused")
         leave(error, 2 if isinstance(error, ConfigError) else 1, on_all_ranks=not isinstance(error, DataError))
     except BaseException as error:
         report_outcome("failed")
         traceback.print_exc()
         leave(error, 1, on_all_ranks=False)
-    if rank == 0:
-        report_outcome(outcome, run.state.step)
     shutdown()
     return 0
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Trains and evaluates variants of a recipe, one array task for each line of a file: NAME [section.key=value ...]
+# (separated by blanks, none within).
 # usage: sbatch --array=1-6 slurm/compare.sh RECIPE.yaml slurm/variants/memory_size.txt [section.key=value ...]
 #SBATCH --job-name=compare
 #SBATCH --nodes=1
@@ -23,5 +24,10 @@ number=${SLURM_ARRAY_TASK_ID:?submit as an array, such as sbatch --array=1-6 slu
 line=$(grep -Ev '^[[:space:]]*(#|$)' "$variants" | sed -n "${number}p")
 [ -n "$line" ] || { echo "error: $variants has no variant $number" >&2; exit 2; }
 read -r name rest <<<"$line"
+runs=runs
 # shellcheck disable=SC2086  # the line's words are the overrides
-exec slurm/job.sh launch/pretrain.py "$recipe" "$@" $rest name="$name" --then launch/evaluate.py "${EM_RUNS:-runs}/$name"
+for word in "$@" $rest; do
+    case $word in output_dir=*) runs=${word#output_dir=} ;; esac
+done
+# shellcheck disable=SC2086
+exec slurm/job.sh launch/pretrain.py "$recipe" "$@" $rest name="$name" --then launch/evaluate.py "$runs/$name"

@@ -13,6 +13,8 @@
 set -eu
 [ -x slurm/job.sh ] || { echo "error: submit from the top folder of em-megatron" >&2; exit 2; }
 export NCCL_DEBUG=${NCCL_DEBUG:-INFO}
-srun --ntasks-per-node=1 --cpu-bind=none --label slurm/node_entry.sh --python launch/doctor.py
+# shellcheck disable=SC1091
+. slurm/srun_options.sh
+srun "${options[@]}" --label slurm/node_entry.sh --python launch/doctor.py
 [ $# -ge 1 ] || exec slurm/job.sh
 exec slurm/job.sh launch/pretrain.py "$@"

@@ -13,4 +13,6 @@
 set -eu
 [ -x slurm/job.sh ] || { echo "error: submit from the top folder of em-megatron" >&2; exit 2; }
 [ $# -ge 1 ] || { echo "error: give --tokenizer, --input and --output, see python -m tokenizer.encode --help" >&2; exit 2; }
-exec srun --nodes=1 --ntasks=1 --cpu-bind=none slurm/node_entry.sh --python -m tokenizer.encode --workers "$SLURM_CPUS_ON_NODE" --quiet "$@"
+# shellcheck disable=SC1091
+. slurm/srun_options.sh
+exec srun --nodes=1 --ntasks=1 "${options[@]}" slurm/node_entry.sh --python -m tokenizer.encode --workers "$SLURM_CPUS_ON_NODE" --quiet "$@"

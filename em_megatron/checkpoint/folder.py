@@ -54,12 +54,14 @@ def replace_step(root: Path, writing: Path, step: int) -> Path:
     return final
 
 
-def retain(root: Path, keep_last: int, keep_every: int = 0) -> None:
-    """Delete whole checkpoints older than the newest `keep_last`, but for those of a step that `keep_every` divides.
+def retain(root: Path, newest: int, keep_last: int, keep_every: int = 0) -> None:
+    """Keep the checkpoint of step `newest`, just written, and the `keep_last` - 1 before it; delete older whole ones, but
+    for those of a step that `keep_every` divides.
 
-    A half-deleted one never has a valid name.
+    Later steps, which the run that wrote `newest` did not go on from, do not count. A half-deleted one never has a valid
+    name.
     """
-    for step in complete_steps(root)[:-keep_last]:
+    for step in [step for step in complete_steps(root) if step <= newest][:-keep_last]:
         if keep_every and step % keep_every == 0:
             continue
         doomed = root / f".{step_name(step)}.deleting"

@@ -216,7 +216,7 @@ class CheckpointStore:
         folder = self.root / writing_name(step)
         finish(folder, step, texts, facts, sums)
         final = replace_step(self.root, folder, step)
-        retain(self.root, self.keep_last, self.keep_every)
+        retain(self.root, step, self.keep_last, self.keep_every)
         return final
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from em_megatron.training.setup import Corpus
 REFERENCES = {"unigram_tokens": "unigram model of the tokens", "byte_order_2": "order-2 model of the bytes"}
 
 
-def evaluate_checkpoint(run: Restored, samples: int, with_references: bool) -> dict[str, Any]:
-    """Figures of the held-out split; every rank takes part and gets them.
+def evaluate_checkpoint(
+    run: Restored, samples: int, with_references: bool, interrupted: Callable[[], bool] = lambda: False
+) -> dict[str, Any] | None:
+    """Figures of the held-out split; every rank takes part and gets them. None where it was interrupted, see `evaluate`.
 
     Raises:
         DataError: the shards of the run cannot be used, or were made by another tokenizer.
@@ -30,9 +33,8 @@ def evaluate_checkpoint(run: Restored, samples: int, with_references: bool) -> d
     corpus.manifest.check_tokenizer(run.vocabulary)
     stream = corpus.stream(run.config, "validation")
     token_bytes = torch.as_tensor(run.vocabulary.token_bytes)
-    found = evaluate(run.config, run.layout, run.model, stream, token_bytes, samples)
-    assert found is not None
-    if with_references:
+    found = evaluate(run.config, run.layout, run.model, stream, token_bytes, samples, interrupted)
+    if found is not None and with_references:
         found["references"] = reference_bits_per_byte(corpus.path)
     return found
 

@@ -16,6 +16,7 @@ from em_megatron.config import RunConfig
 from em_megatron.data.stream import TokenStream
 from em_megatron.evaluation.perplexity import evaluate
 from em_megatron.model.sizes import flops_per_token, memory_floats_per_sequence, padded_vocab_size
+from em_megatron.parallel.outcome import report_outcome
 from em_megatron.training.measurements import StepClock
 from em_megatron.training.metrics import MetricLog, finite
 from em_megatron.training.profiling import Profiler
@@ -23,7 +24,7 @@ from em_megatron.training.saving import Saver
 from em_megatron.training.setup import Run
 from em_megatron.training.step import StepResult, TrainingError, train_step
 from em_megatron.training.stopping import StopRequest
-from em_megatron.training.tracking import wandb_id_of
+from em_megatron.training.tracking import attempt, wandb_id_of
 from em_megatron.training.watchdog import SAVING, Watchdog
 
 SKIPPED = "skipped.jsonl"
@@ -67,7 +68,7 @@ def train(run: Run, stop: StopRequest | None = None, watchdog: Watchdog | None =
             watchdog.beat(f"step {state.step + 1}")
             with profiler.step(state.step + 1):
                 result = train_step(
-                    config, run.layout, run.model, run.optimizer, run.scheduler, feeds, run.bad, stop.here
+                    config, run.layout, run.model, run.optimizer, run.scheduler, feeds, run.bad, lambda: stop.here
                 )
             _advance(run, result)
             clock.count(result.tokens)
@@ -86,15 +87,23 @@ def train(run: Run, stop: StopRequest | None = None, watchdog: Watchdog | None =
             watchdog.first_step_done()
         watchdog.beat(SAVING)
         saver.last()
-        exit_code = 0
+        outcome, exit_code = _outcome(run, last_step, stopping), 0
+        if rank == 0:
+            report_outcome(outcome, state.step)  # now: closing wandb may take longer than this process is given
+    except TrainingError as error:  # on all ranks alike
+        raise TrainingError(f"{error}; {_newest(run)}") from None
     finally:
         data.close()
         profiler.close()
         watchdog.stop()
         metrics.close(exit_code)
-    if stopping and (state.step < last_step or state.owes_validation):
+    return outcome
+
+
+def _outcome(run: Run, last_step: int, stopping: bool) -> str:
+    if stopping and (run.state.step < last_step or run.state.owes_validation):
         return "stopped"
-    return "finished" if state.step >= config.training.train_steps else "paused"
+    return "finished" if run.state.step >= run.config.training.train_steps else "paused"
 
 
 def watchdog_of(config: RunConfig, rank: int, stop: StopRequest) -> Watchdog:
@@ -175,13 +184,13 @@ def _skip(run: Run, result: StepResult, metrics: MetricLog) -> None:
     }
     count = run.bad.skip(finite(row))
     if torch.distributed.get_rank() == 0:
-        run.bad.write(run.config.run_dir / SKIPPED)
+        attempt(SKIPPED, lambda: run.bad.write(run.config.run_dir / SKIPPED))
     what = f"step {run.state.step} (samples {first} to {last}): {result.skipped}"
     if run.bad.spoilt(run.model):
-        raise TrainingError(f"{what}; weights are not finite, so no batch can do better; {_newest(run)}")
+        raise TrainingError(f"{what}; weights are not finite, so no batch can do better")
     if count > faults.skip_limit:
         limit = f"{count} batches were skipped within {faults.skip_window} steps and faults.skip_limit is {faults.skip_limit}"
-        raise TrainingError(f"{what}; no weight was changed; {limit}; {_newest(run)}")
+        raise TrainingError(f"{what}; no weight was changed; {limit}")
     metrics.say(f"warning: {what}; the batch is skipped ({count} of at most {faults.skip_limit})")
 
 

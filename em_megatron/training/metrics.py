@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from em_megatron.config import RunConfig, config_text
 from em_megatron.training.tracking import attempt, open_trackers, replace_text, succeeds
+
+log = logging.getLogger(__name__)
 
 WORTH_SHOWING = 0.05  # share of time waited for data from which the bar says so
 
@@ -26,7 +30,8 @@ class MetricLog:
     """Rows of a run, in every place a user looks. On ranks other than 0 it does nothing.
 
     After a resume, rows later than the checkpoint are dropped from metrics.jsonl: the file tells one straight story.
-    A failing TensorBoard, wandb or plot is warned of once and left out; it never stops training.
+    A failing TensorBoard, wandb or plot is warned of once and left out; rows that do not fit on a full disk are kept and
+    written when there is room. None of it stops training.
     """
 
     def __init__(self, config: RunConfig, step: int, wandb_id: str, active: bool) -> None:
@@ -35,9 +40,9 @@ class MetricLog:
             return
         self.path = config.run_dir / "metrics.jsonl"
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        replace_text(config.run_dir / "config.yaml", config_text(config))
-        _drop_rows_after(self.path, step)
-        self._file = self.path.open("a")
+        attempt("config.yaml", lambda: replace_text(config.run_dir / "config.yaml", config_text(config)))
+        attempt("metrics.jsonl", lambda: _drop_rows_after(self.path, step))
+        self._rows = _Rows(self.path)
         self._trackers = open_trackers(config, step, wandb_id)
         self._bar = _open_bar(config, step)
 
@@ -75,7 +80,7 @@ class MetricLog:
             return
         from em_megatron.training.plots import plot_run
 
-        self._file.close()
+        self._rows.close()
         if self._bar is not None:
             self._bar.close()
         attempt("the plots", lambda: plot_run(self.config.run_dir, block_length=self.config.memory.block_length))
@@ -83,14 +88,38 @@ class MetricLog:
             attempt(tracker.name, partial(tracker.close, exit_code))
 
     def _write(self, row: dict[str, Any], prefix: str) -> None:
-        self._file.write(json.dumps(finite(row)) + "\n")
-        self._file.flush()
+        self._rows.add(json.dumps(finite(row)))
         numbers = {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         self._trackers = [
             tracker
             for tracker in self._trackers
             if succeeds(tracker.name, partial(tracker.write, numbers, row["step"]))
         ]
+
+
+class _Rows:
+    """Lines at the end of a file; what cannot be written, as on a full disk, is tried again with the next one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._pending, self._warned = path, b"", False
+        self._file: int | None = None
+
+    def add(self, line: str) -> None:
+        self._pending += line.encode() + b"\n"
+        try:
+            if self._file is None:
+                self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            while self._pending:
+                self._pending = self._pending[os.write(self._file, self._pending) :]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s cannot be written (%s); its rows are kept, the run goes on", self._path, error)
+            self._warned = True
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
 
 
 def finite(value: Any) -> Any:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from em_megatron.checkpoint.folder import CheckpointError
 from em_megatron.parallel.outcome import report_progress
 from em_megatron.training.setup import Run
+from em_megatron.training.step import TrainingError
 
 LAST_ATTEMPTS = 3
 SECONDS_BETWEEN_LAST_ATTEMPTS = 5.0
@@ -28,7 +29,7 @@ class Saver:
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._run, self._say = run, say
         self._saved: tuple[int, bool] | None = self._now()  # what the newest save holds that was begun and did not fail
-        self._retry_at = 0
+        self._retry_at, self._ending = 0, False
 
     def poll(self) -> None:
         """Completes a save that is written; one that failed is tried again later."""
@@ -40,7 +41,14 @@ class Saver:
         return step % self._run.config.checkpoint.save_interval == 0 or step == self._retry_at
 
     def save(self) -> None:
-        """Begins a checkpoint of this step, in the background if the run says so."""
+        """Begins a checkpoint of this step, in the background if the run says so.
+
+        Raises:
+            TrainingError: weights are not finite: such a checkpoint would push out good ones.
+        """
+        if self._run.bad.spoilt(self._run.model):
+            raise TrainingError(f"after step {self._run.state.step} weights are not finite, so that it is not saved")
+        self._finalize(blocking=True)
         try:
             folder = self._run.save()
             self._saved = self._now()
@@ -55,6 +63,7 @@ class Saver:
         Raises:
             CheckpointError: it could not be written, after several attempts.
         """
+        self._ending = True
         for attempt in range(1, LAST_ATTEMPTS + 1):
             self._finalize(blocking=True)
             if self._saved == self._now():
@@ -86,6 +95,9 @@ class Saver:
     def _put_off(self, error: CheckpointError) -> None:
         self._saved = None
         self._retry_at = self._run.state.step + self._run.config.checkpoint.retry_interval
-        self._say(f"warning: {error}; training goes on, the next attempt is at step {self._retry_at}")
+        then = (
+            "it is tried again" if self._ending else f"training goes on, the next attempt is at step {self._retry_at}"
+        )
+        self._say(f"warning: {error}; {then}")
         with contextlib.suppress(CheckpointError):
             self._run.store.discard_failed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -93,9 +93,12 @@ def train_step(
     scheduler: Any,
     data: Sequence[Iterator[MicroBatch]],
     bad: BadBatches,
-    stop_requested: bool = False,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Forward, backward, reduction, clipping, update; on all ranks alike, no update where `bad` objects to the batch."""
+    """Forward, backward, reduction, clipping, update; on all ranks alike, no update where `bad` objects to the batch.
+
+    `stop_requested` is asked on this rank after the backward pass.
+    """
     for chunk in model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.zero_grad()
@@ -107,7 +110,7 @@ def train_step(
     summed = torch.zeros(3, dtype=torch.float64, device=device)
     if logged and is_reporting_rank(layout):
         summed[:2] = torch.stack(logged).sum(0)
-    summed[2] = float(stop_requested)
+    summed[2] = float(stop_requested())
     total, tokens, stops = sum_over_world(summed, contributes=True).tolist()
     loss, grad_norm = total / max(tokens, 1.0), math.nan
     objection = bad.objection(loss)

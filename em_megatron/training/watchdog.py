@@ -18,7 +18,9 @@ from em_megatron.training.stopping import StopRequest
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: another start may do better
 FIRST_STEP = 3.0  # times as long, for compilation and tuning of kernels
-SECONDS_AFTER_SIGTERM = 20.0  # a rank whose peers are gone would wait for them until the collective's time limit
+SECONDS_AFTER_SIGTERM = 20.0  # at least: a rank whose peers are gone would wait until the collective's time limit
+LONGEST_PHASES = 2.5  # and as many times the longest phase so far: of a step that began, and of one more
+SECONDS_FOR_OTHERS = 10.0  # to write their stacks, before the launcher ends them because this rank has ended
 _LONGER = 30.0  # after which Python's own watchdog acts, should a thread hold the interpreter's lock
 _POLL_SECONDS = 0.5
 SETTING_UP, SAVING = "set-up", "saving"
@@ -31,13 +33,14 @@ class Watchdog:
         folder: of the stacks, `rank_00000.txt` and so on; made when the first one is written.
         rank: of this process.
         minutes: longest time between beats; 0 watches only for what a SIGTERM leaves undone.
-        stop: after a SIGTERM a phase other than SAVING has SECONDS_AFTER_SIGTERM to end.
+        stop: after a SIGTERM a phase other than SAVING has SECONDS_AFTER_SIGTERM to end, more where steps take longer.
     """
 
     def __init__(self, folder: Path, rank: int, minutes: float, stop: StopRequest) -> None:
         self.path = folder / f"rank_{rank:05d}.txt"
         self._rank, self._seconds, self._stop = rank, minutes * 60, stop
         self._phase, self._last, self._factor = SETTING_UP, time.monotonic(), FIRST_STEP
+        self._longest = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -49,7 +52,10 @@ class Watchdog:
 
     def beat(self, phase: str) -> None:
         """Progress: `phase` begins now."""
-        self._phase, self._last = phase, time.monotonic()
+        now = time.monotonic()
+        if self._factor == 1.0 and self._phase != SAVING:
+            self._longest = max(self._longest, now - self._last)
+        self._phase, self._last = phase, now
         if self._seconds:
             faulthandler.dump_traceback_later(self._limit() + _LONGER, exit=True, file=sys.__stderr__ or 2)
 
@@ -72,7 +78,8 @@ class Watchdog:
             if self._seconds and waited > self._limit():
                 self._end(phase, waited, "")
             terminated = self._stop.terminated_at()
-            if terminated and phase != SAVING and now - max(self._last, terminated) > SECONDS_AFTER_SIGTERM:
+            patience = max(SECONDS_AFTER_SIGTERM, LONGEST_PHASES * self._longest)
+            if terminated and phase != SAVING and now - max(self._last, terminated) > patience:
                 self._end(phase, waited, " after SIGTERM")
 
     def _end(self, phase: str, waited: float, why: str) -> None:
@@ -91,4 +98,6 @@ class Watchdog:
             where = f"; its stacks could not be written ({error})"
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         print(f"error ({head}{where})", file=sys.stderr, flush=True)
+        if not why:
+            time.sleep(SECONDS_FOR_OTHERS)
         os._exit(EXIT_CODE)

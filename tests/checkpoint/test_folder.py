@@ -57,7 +57,7 @@ root = Path(sys.argv[1])
 sys.addaudithook(kill_later)
 clean_leftovers(root)
 write_step(root, 30, "new")
-retain(root, 2)
+retain(root, 30, 2)
 """
 
 
@@ -105,14 +105,22 @@ def test_retention_counts_whole_checkpoints_only(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write_step(tmp_path, step, "x")
     (tmp_path / step_name(4) / MARKER).unlink()
-    retain(tmp_path, 2)
+    retain(tmp_path, 3, 2)
     assert complete_steps(tmp_path) == [2, 3]
+
+
+def test_a_later_one_that_was_passed_over_pushes_out_none(tmp_path: Path) -> None:
+    """Its size is right, so that only a run that resumes knows that it is damaged."""
+    for step in (100, 200, 150):
+        write_step(tmp_path, step, "x")
+        retain(tmp_path, step, 1)
+    assert complete_steps(tmp_path) == [150, 200]
 
 
 def test_some_are_kept_for_good(tmp_path: Path) -> None:
     for step in (10, 15, 20, 25, 30, 35):
         write_step(tmp_path, step, "x")
-    retain(tmp_path, 1, keep_every=20)
+    retain(tmp_path, 35, 1, keep_every=20)
     assert complete_steps(tmp_path) == [20, 35]
 
 

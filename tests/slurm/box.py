@@ -138,7 +138,7 @@ class SlurmBox:
         self._until(lambda: self.job(number)["JobState"] in states, seconds, number)
         return self.job(number)
 
-    def rerun_now(self, number: int) -> None:
+    def rerun_now(self, number: int | str) -> None:
         """Does not wait the two minutes that Slurm holds a job back that was queued again."""
         self.wait(number, ("PENDING",))
         self.command("scontrol", "update", f"JobId={number}", "StartTime=now+2")

@@ -89,12 +89,12 @@ def test_slurm_itself_sends_the_signal_before_the_time_limit(box: SlurmBox, corp
 def test_a_job_that_is_always_ended_too_early_gives_up(box: SlurmBox, corpus, tmp_path):
     """The signal comes while the ranks are still importing: nothing is there to go on from."""
     output = tmp_path / "job.out"
-    number = submit(box, output, "pretrain_1b.sh", *overrides(corpus, tmp_path, "early", 5), EM_MAX_RESTARTS="0")
+    number = submit(box, output, "pretrain_1b.sh", *overrides(corpus, tmp_path, "early", 5), EM_MAX_IDLE="0")
     box.wait(number, ("RUNNING",))
     time.sleep(3)
     box.command("scancel", "--signal=USR1", "--batch", number)
     assert box.wait(number)["JobState"] == "FAILED"
-    assert "was asked to end 1 times before a new checkpoint was written" in output.read_text()
+    assert "was asked to end 1 times before it had anything new to go on from" in output.read_text()
 
 
 def test_a_preempted_job_saves_in_its_grace_time_and_is_run_again(box: SlurmBox, corpus, undisturbed, tmp_path):
@@ -154,29 +154,37 @@ def test_a_cancelled_job_saves_and_goes_on_with_another_number_of_nodes(box: Slu
 
 
 def test_an_array_compares_variants(box: SlurmBox, corpus, tmp_path):
+    """The last task, whose number also stands for the whole array, is queued again alone."""
     variants = tmp_path / "variants.txt"
     variants.write_text("# two memories\n\nsmall memory.order=8\nlarge memory.order=24 memory.slots=12\n")
-    arguments = [*overrides(corpus, tmp_path, "unnamed", 5), "validation.interval=0"]
+    arguments = [*overrides(corpus, tmp_path, "unnamed", STEPS, save_interval=1000), "validation.interval=0"]
+    options = ["--array=1-2", "--nodes=1", "--gpus-per-node=0", "--time=10", f"--output={tmp_path}/%a.out"]
     recipe = "launch/recipes/pretrain_1b.yaml"
-    number = box.sbatch(
-        "--array=1-2",
-        "--nodes=1",
-        "--gpus-per-node=0",
-        "--time=10",
-        f"--output={tmp_path}/%a.out",
-        "slurm/compare.sh",
-        recipe,
-        variants,
-        *arguments,
-        **environment(EM_RUNS=str(tmp_path)),
-    )
-    for task, name in ((1, "small"), (2, "large")):
-        assert box.wait(f"{number}_{task}", seconds=180)["JobState"] == "COMPLETED", (
-            tmp_path / f"{task}.out"
-        ).read_text()
+    number = box.sbatch(*options, "slurm/compare.sh", recipe, variants, *arguments, **environment())
+    last = f"{number}_2"
+    wait_for_step(box, last, tmp_path / "large", 3)
+    box.command("scancel", "--signal=USR1", "--batch", last)
+    box.rerun_now(last)
+    for task, name, restarts in ((1, "small", "0"), (2, "large", "1")):
+        job, text = box.wait(f"{number}_{task}", seconds=180), (tmp_path / f"{task}.out").read_text()
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", restarts), text
         assert (tmp_path / name / "evaluation").is_dir()
+        assert [row["step"] for row in rows(tmp_path / name)] == list(range(1, STEPS + 1))
     assert "order: 24" in (tmp_path / "large" / "config.yaml").read_text()
     assert not (tmp_path / "unnamed").exists()
+
+
+def test_a_sigterm_that_slurm_does_not_follow_up(box: SlurmBox, corpus, tmp_path):
+    """As in a grace time that is longer than anyone waits: the job is not taken for done."""
+    output, run = tmp_path / "job.out", tmp_path / "left"
+    arguments = overrides(corpus, tmp_path, "left", STEPS, save_interval=1000)
+    number = submit(box, output, "pretrain_1b.sh", *arguments, nodes=1, EM_GRACE_SECONDS="1")
+    wait_for_step(box, number, run, 3)
+    box.command("scancel", "--signal=TERM", number)
+    box.rerun_now(number)
+    job = box.wait(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output.read_text()
+    assert [row["step"] for row in rows(run) if row["kind"] == "train"] == list(range(1, STEPS + 1))
 
 
 def test_texts_are_encoded_on_a_node(box: SlurmBox, tmp_path):

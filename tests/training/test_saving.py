@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ from em_megatron.checkpoint.folder import CheckpointError, complete_steps
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training import loop, saving
 from em_megatron.training.setup import set_up
+from em_megatron.training.step import TrainingError
 from tests.training.corpora import run_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is off where CUDA is present")
@@ -125,15 +127,40 @@ def test_a_small_disk(chain_corpus, tmp_path):
             except OSError:
                 pass
 
-    options = ("training.train_steps=8", "checkpoint.save_interval=2", "checkpoint.retry_interval=1")
+    steps = 60
+    options = (f"training.train_steps={steps}", "checkpoint.save_interval=10", "checkpoint.retry_interval=5")
     try:
-        run = set_up(run_config(chain_corpus, disk, *options), world_size=1)
-        with at_steps({4: fill, 7: ballast.unlink}):
+        run = set_up(run_config(chain_corpus, disk, *options, "validation.interval=0"), world_size=1)
+        with at_steps({14: fill, 48: ballast.unlink}):
             assert loop.train(run) == "finished"
-        assert complete_steps(disk / "test" / "checkpoints")[-1] == 8
+        assert complete_steps(disk / "test" / "checkpoints")[-1] == steps
+        rows = (disk / "test" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == list(range(1, steps + 1))
     finally:
         shutdown()
         os.system(f"umount -l {disk}")
+
+
+def test_spoilt_weights_are_not_saved(chain_corpus, tmp_path):
+    """Such a checkpoint would push out good ones, and no run could go on from it."""
+    options = ("training.train_steps=8", "checkpoint.save_interval=2", "checkpoint.keep_last=1")
+    step = loop.train_step
+
+    def spoiling(config, layout, model, *rest):
+        result = step(config, layout, model, *rest)
+        if rest[1].num_steps == 4:
+            with torch.no_grad():
+                next(model[0].parameters()).view(-1)[0] = float("nan")
+        return result
+
+    try:
+        run = set_up(run_config(chain_corpus, tmp_path, *options), world_size=1)
+        message = "after step 4 weights are not finite, so that it is not saved; .*step_00000002 is whole"
+        with patch.object(loop, "train_step", spoiling), pytest.raises(TrainingError, match=message):
+            loop.train(run)
+    finally:
+        shutdown()
+    assert complete_steps(tmp_path / "test" / "checkpoints") == [2]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_on_resume(chain_corpus, tmp_path, caplog):

@@ -43,9 +43,9 @@ def read(run_dir: Path) -> list[tuple[str, int, float]]:
 def test_the_stopped_run_goes_on_as_if_nothing_had_been(chain_corpus, tmp_path, stop, where):
     options = ("training.train_steps=6", "validation.interval=3", "checkpoint.save_interval=4")
     actions = {
-        "step": (loop, "train_step", 1),
+        "step": (loop, "train_step", 2),
         "validation": (loop, "evaluate", 1),
-        "last step": (loop, "train_step", 5),
+        "last step": (loop, "train_step", 6),
     }
     try:
         whole = set_up(run_config(chain_corpus, tmp_path / "whole", *options), world_size=1)
