@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -25,6 +26,7 @@ import torch.distributed as dist
 _POLL_SECONDS = 0.01
 _GRACE_SECONDS = 1.0
 _MOST_SIZES = 3  # of pools alive at once: half a gigabyte a process
+_MOST_THREADS = 20
 _START_SECONDS = 240.0
 # No collective ends a run by itself: the parent does, by the timeout of the run.
 _COLLECTIVE_TIMEOUT = timedelta(days=1)
@@ -225,12 +227,13 @@ def _do(call: Path, world: dist.ProcessGroup) -> tuple[Any, bool]:
     result = function(*args)
     reusable = dist.group.WORLD is world
     if reusable:
-        _clean_up(world)
+        leave_groups()
     return result, reusable
 
 
-def _clean_up(world: dist.ProcessGroup) -> None:
-    """Meet the other ranks and leave every process group but the default one."""
+def leave_groups() -> None:
+    """Meet the other ranks and leave every process group but the default one; also between the layouts of one call."""
+    world = dist.group.WORLD
     if torch.are_deterministic_algorithms_enabled():  # the setter imports torch.compile, which takes 1.5 s
         torch.use_deterministic_algorithms(False)
     if torch.cuda.is_available():
@@ -242,6 +245,9 @@ def _clean_up(world: dist.ProcessGroup) -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not world:
             dist.destroy_process_group(group)
+    # Those that cycles of garbage hold live on, and hundreds of idle threads take the processors from other tests.
+    if len(os.listdir("/proc/self/task")) > _MOST_THREADS:
+        gc.collect()
 
 
 def _report(rank: int, report: Path, function: Callable[..., Any], *args: Any) -> None:

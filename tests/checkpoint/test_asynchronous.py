@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import state_dict_saver
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
 from em_megatron.checkpoint.folder import CheckpointError
 from em_megatron.checkpoint.sharded import CheckpointStore
@@ -85,7 +84,7 @@ def of_rank_0(store: CheckpointStore, run: Any, asynchronous: bool) -> str:
         limit()
         finalize(*args)
 
-    torch_strategy.save_state_dict_async_finalize = limited
+    state_dict_saver.save_state_dict_async_finalize = limited
     try:
         save(store, run, asynchronous=asynchronous)
         store.finalize(blocking=True)
@@ -93,7 +92,7 @@ def of_rank_0(store: CheckpointStore, run: Any, asynchronous: bool) -> str:
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        torch_strategy.save_state_dict_async_finalize = finalize
+        state_dict_saver.save_state_dict_async_finalize = finalize
     return ""
 
 

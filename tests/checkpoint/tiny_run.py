@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from em_megatron.checkpoint.contents import stored_tensors
 from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.parallel import process_groups
+from tests.multi_rank import leave_groups
 
 # fp32 losses on another layout: sums in another order differ by a few units in the last place of 1.2e-7.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -35,12 +35,7 @@ Steps = list[tuple[float, float]]  # loss and gradient norm of each
 
 def start_layout(name: str) -> process_groups.Layout:
     """Megatron's groups for two ranks in place of those before, whose threads and open files would add up."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    leave_groups()
     return process_groups.initialize(**LAYOUTS[name])
 
 

@@ -15,7 +15,7 @@ from em_megatron.planning.buffers import chunk_parameters, static_bytes
 from em_megatron.planning.job import Job
 from em_megatron.planning.memory_state import carried_bytes
 from em_megatron.planning.search import check
-from tests.multi_rank import Pools
+from tests.multi_rank import Pools, leave_groups
 from tests.training import corpora
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
@@ -41,7 +41,6 @@ def bytes_of_runs(corpus: Path, folder: Path, settings: list[tuple[str, ...]]) -
     """Sets up each run on the ranks at hand and updates its weights once: bytes of this rank's buffers and states, and its
     place."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from em_megatron.training.setup import set_up
 
@@ -51,8 +50,7 @@ def bytes_of_runs(corpus: Path, folder: Path, settings: list[tuple[str, ...]]) -
         run = set_up(config, dist.get_world_size() if dist.is_initialized() else 1)
         run.optimizer.step()  # with gradients of zero; AdamW makes its moments here
         found.append({"stage": run.layout.pp_rank, "owner": run.layout.dp_rank + run.layout.cp_rank, **held(run)})
-        parallel_state.destroy_model_parallel()
-        dist.barrier()
+        leave_groups()
     return found
 
 

@@ -133,7 +133,7 @@ class SlurmBox:
         fields = self.command("scontrol", "-o", "show", "job", number).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait(self, number: int | str, states: tuple[str, ...] = ENDED, seconds: float = 120) -> dict[str, str]:
+    def wait(self, number: int | str, states: tuple[str, ...] = ENDED, seconds: float = 240) -> dict[str, str]:
         """Waits for one of the states; gives the job's fields."""
         self._until(lambda: self.job(number)["JobState"] in states, seconds, number)
         return self.job(number)

@@ -57,7 +57,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_step(box: SlurmBox, number: int | str, run: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(box: SlurmBox, number: int | str, run: Path, step: int, seconds: float = 240) -> None:
     """Until the run of a job has made `step` steps."""
     end = time.monotonic() + seconds
     while not any(row["step"] >= step for row in rows(run)):

@@ -24,7 +24,7 @@ from tests.slurm.jobs import (
 )
 from tests.tokenizer.small_corpus import train_model, write_texts
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 def ranks_of(run: str) -> list[psutil.Process]:
@@ -166,7 +166,7 @@ def test_an_array_compares_variants(box: SlurmBox, corpus, tmp_path):
     box.command("scancel", "--signal=USR1", "--batch", last)
     box.rerun_now(last)
     for task, name, restarts in ((1, "small", "0"), (2, "large", "1")):
-        job, text = box.wait(f"{number}_{task}", seconds=180), (tmp_path / f"{task}.out").read_text()
+        job, text = box.wait(f"{number}_{task}"), (tmp_path / f"{task}.out").read_text()
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", restarts), text
         assert (tmp_path / name / "evaluation").is_dir()
         assert [row["step"] for row in rows(tmp_path / name)] == list(range(1, STEPS + 1))

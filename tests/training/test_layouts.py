@@ -10,7 +10,7 @@ import pytest
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.loop import train
 from em_megatron.training.setup import set_up
-from tests.multi_rank import Pools
+from tests.multi_rank import Pools, leave_groups
 from tests.training.corpora import run_config
 
 # fp32 losses of order 5: sums in another order differ by some 1e-7 relative, and 20 steps at a high rate amplify that.
@@ -56,15 +56,13 @@ MODEL_ONLY = ("model.", "memory.", "data.", "training.precision", "optimizer.")
 def losses_of_runs(corpus: Path, folder: Path, settings: list[tuple[str, ...]]) -> list[list[dict]]:
     """Trains one run per setting on the ranks at hand; their metrics."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     found = []
     for index, overrides in enumerate(settings):
         config = run_config(corpus, folder, f"name=run{index}", *overrides)
         world = dist.get_world_size() if dist.is_initialized() else 1
         train(set_up(config, world))
-        parallel_state.destroy_model_parallel()
-        dist.barrier()
+        leave_groups()
         rows = (folder / f"run{index}" / "metrics.jsonl").read_text().splitlines()
         found.append([json.loads(row) for row in rows])
     return found

@@ -22,7 +22,7 @@ from em_megatron.training.loop import train
 from em_megatron.training.measurements import CallMeter, KernelMeter, StepClock
 from em_megatron.training.profiling import NsysWindow, Profiler, check_profiling, span
 from em_megatron.training.setup import set_up
-from tests.multi_rank import Pools
+from tests.multi_rank import Pools, leave_groups
 from tests.training.corpora import run_config
 
 SHORT = ("training.train_steps=6", "validation.interval=0")
@@ -62,7 +62,6 @@ def broken_on_rank_1(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def train_runs(corpus: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of some runs, by name."""
-    from megatron.core import parallel_state
 
     from em_megatron.model.elastic_attention import TrapezoidCore
 
@@ -75,7 +74,7 @@ def train_runs(corpus: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
         ("broken rank", (*TENSOR, *ALWAYS), (CallMeter, "start", broken_on_rank_1)),
         ("window", (*TENSOR, *ALWAYS, "profiling.first_step=3", "profiling.steps=2", "profiling.ranks=[1]"), None),
     ):
-        parallel_state.destroy_model_parallel()
+        leave_groups()
         config = run_config(corpus, folder, f"name={name.replace(' ', '_')}", *SHORT, *overrides)
         with pytest.MonkeyPatch.context() as patch:
             if patched is not None:

@@ -12,6 +12,7 @@ import torch
 from em_megatron.config import ConfigError
 from em_megatron.training.loop import train
 from em_megatron.training.setup import check_continues, set_up
+from tests.multi_rank import leave_groups
 from tests.training.corpora import run_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is off where CUDA is present")
@@ -73,13 +74,11 @@ MODEL = (
 def train_runs(corpus: Path, folder: Path, calls: list[tuple[str, tuple[str, ...]]]) -> list[list[float]]:
     """Trains (name, overrides) to the end, from its newest checkpoint if it has one; all losses of each."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     found = []
     for name, overrides in calls:
         train(set_up(run_config(corpus, folder, *MODEL, f"name={name}", *overrides), dist.get_world_size()))
-        parallel_state.destroy_model_parallel()
-        dist.barrier()
+        leave_groups()
         rows = (folder / name / "metrics.jsonl").read_text().splitlines()
         found.append([json.loads(row)["loss"] for row in rows])
     return found
