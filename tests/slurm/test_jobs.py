@@ -174,6 +174,7 @@ def test_an_array_compares_variants(box: SlurmBox, corpus, tmp_path):
     assert not (tmp_path / "unnamed").exists()
 
 
+@pytest.mark.slow
 def test_a_sigterm_that_slurm_does_not_follow_up(box: SlurmBox, corpus, tmp_path):
     """As in a grace time that is longer than anyone waits: the job is not taken for done."""
     output, run = tmp_path / "job.out", tmp_path / "left"
