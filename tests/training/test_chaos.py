@@ -14,7 +14,7 @@ import torch
 from tests.training.corpora import recipe
 from tests.training.test_resume import TORCHRUN, finish, losses, start, weights
 
-STEPS, KILLS, SEED = 240, 24, 20261124
+STEPS, KILLS, SEED = 500, 24, 20261124
 
 
 def last_step(run: Path) -> int:
