@@ -160,9 +160,10 @@ class Pools:
         return pool
 
     def close(self) -> None:
-        """End the processes of every size."""
+        """End the processes of every size; later uses start new ones."""
         for pool in self._pools.values():
             pool.close()
+        self._pools.clear()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:

@@ -110,7 +110,10 @@ def test_every_difference_names_nodes_and_values(tmp_path: Path) -> None:
 @without_gpus
 @pytest.mark.parametrize(
     "sent",
-    [pytest.param(signal.SIGKILL, id="dies"), pytest.param(signal.SIGSTOP, id="hangs", marks=pytest.mark.slow)],
+    [
+        pytest.param(signal.SIGKILL, id="dies", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, id="hangs", marks=pytest.mark.slow),
+    ],
 )
 def test_a_peer_that_ends_during_the_check_is_named(tmp_path: Path, sent: signal.Signals) -> None:
     limit = 4

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.multi_rank import Pools
 from tests.slurm.box import SlurmBox, missing_programs
 from tests.slurm.jobs import STEPS, overrides
 from tests.training.corpora import chain_corpus, tokenizer
@@ -26,7 +27,8 @@ def slurm_packages() -> None:
 
 
 @pytest.fixture(scope="session")
-def box(slurm_packages: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmBox]:
+def box(slurm_packages: None, ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmBox]:
+    ranks.close()  # the threads of idle ranks would take time from the jobs
     with SlurmBox(tmp_path_factory.mktemp("slurm"), prefix=f"n{os.getpid()}-") as started:
         yield started
 
