@@ -14,6 +14,7 @@ set -euo pipefail
 
 fail() {
     echo "error (${SLURMD_NODENAME:-$(hostname)}): $*" >&2
+    sleep 2 # srun ends the step at the first failure, and with it what was printed but not yet passed on
     exit 1
 }
 

@@ -51,15 +51,11 @@ def test_a_skipped_batch_is_shown_with_its_documents_and_losses(tmp_path):
     first = lines[lines.index(shown[1]) + 1]
     text = run.corpus.vocabulary.decode(expected["tokens"][expected["segment_ids"] == 1])[:160]
     assert first.endswith(json.dumps(text, ensure_ascii=False))
-    for arguments, message in (
-        (["--samples", "9-8"], "is not of the form A-B"),
-        (["model.num_layers=1"], "model.* is fixed by the checkpoint"),
-    ):
-        refused = subprocess.run(
-            [sys.executable, "launch/replay.py", tmp_path / "test", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert refused.returncode == 2
-        assert message in refused.stderr
+    refused = subprocess.run(
+        [sys.executable, "launch/replay.py", tmp_path / "test", "--samples", "9-8"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert refused.returncode == 2
+    assert "error: --samples 9-8 is not of the form A-B" in refused.stderr
