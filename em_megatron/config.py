@@ -48,9 +48,14 @@ class ModelConfig:
 
 @dataclass
 class MemoryConfig:
-    """The recurrent memory. It has no parameters: order, slots and sampler may change at test time."""
+    """What a block of tokens sees beyond itself. The elastic memory has no parameters: its reader may change at test
+    time. The other kinds are the systems it is measured against."""
 
-    kind: str = option("elastic", "elastic (HiPPO memory), or block_local (no memory)")
+    kind: str = option(
+        "elastic",
+        "elastic (HiPPO memory), block_local (no memory), full (causal attention over the document), transformer_xl "
+        "(the block before), subsample (raw tokens at the sampler's moments), infini, memorizing, melodi",
+    )
     block_length: int = option(2048, "tokens per block, L")
     order: int = option(540, "polynomial coefficients kept per head and channel, N")
     slots: int = option(512, "moments read back per block, S")
@@ -59,7 +64,17 @@ class MemoryConfig:
     sampler_lo: float = option(0.0, "window: where it begins, in (0, 1) of the history")
     sampler_hi: float = option(1.0, "window: where it ends")
     sampler_points: list[float] = option([], "points: the moments themselves, in (0, 1)")
-    layers: str = option("all", "layers with memory: all, none, or numbers from 0 and ranges such as 0,4-7")
+    layers: str = option(
+        "auto",
+        "layers with memory: all, none, numbers from 0 and ranges such as 0,4-7, or auto (all; memorizing: the one at "
+        "three quarters of the depth; melodi: the long-term one, in the middle)",
+    )
+    pairs: int = option(8192, "memorizing: (key, value) pairs kept per head, M")
+    top_k: int = option(32, "memorizing: best pairs that a query reads; 0: all of them (dense)")
+    update: str = option("linear", "infini: how keys and values are added to the matrix: linear or delta")
+    short_term_tokens: int = option(64, "melodi: short-term tokens kept per layer, S, and summary tokens per block, U")
+    long_term_tokens: int = option(4096, "melodi: long-term tokens kept, G")
+    long_term_increment: int = option(32, "melodi: long-term tokens added per block, L_inc; divides long_term_tokens")
     detach_memory: bool = option(False, "cut the gradient through the memory")
     carry_memory: bool = option(
         False, "a document longer than a sample goes on in its batch slot at the next step, its state carried, detached"

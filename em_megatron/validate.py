@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from operator import attrgetter
+from pathlib import Path
 
 import torch
 
@@ -11,14 +12,16 @@ from em_megatron.config import ConfigError, MemoryConfig, RunConfig
 from em_megatron.hippo.cost_model import plan
 from em_megatron.hippo.recurrences import DISCRETIZATIONS
 from em_megatron.hippo.samplers import sampler_points
-from em_megatron.model.sizes import memory_layers, shape_of
+from em_megatron.kinds import KINDS, kind_of
+from em_megatron.model.sizes import memory_layers, shape_of, weight_identity
 from em_megatron.ops.dispatch import REQUESTS, choose
 from em_megatron.parallel.handoff_cost import HANDOFFS
 from em_megatron.parallel.process_groups import validate_layout
 from em_megatron.training.profiling import check_profiling
 
 CHOICES = {
-    "memory.kind": ("elastic", "block_local"),
+    "memory.kind": tuple(KINDS),
+    "memory.update": ("linear", "delta"),
     "memory.discretization": DISCRETIZATIONS,
     "memory.kernels": REQUESTS,
     "memory.bank_dtype": ("compute", "fp32"),
@@ -40,6 +43,10 @@ AT_LEAST_ONE = [
     "memory.block_length",
     "memory.order",
     "memory.slots",
+    "memory.pairs",
+    "memory.short_term_tokens",
+    "memory.long_term_tokens",
+    "memory.long_term_increment",
     "data.sequence_length",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
@@ -61,6 +68,7 @@ AT_LEAST_ONE = [
 AT_LEAST_ZERO = [
     "seed",
     "memory.superchunk",
+    "memory.top_k",
     "data.prefetch",
     "checkpoint.keep_every",
     "faults.skip_limit",
@@ -88,6 +96,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     points_of(config.memory)
     memory_layers(config.memory, shape_of(config.model).num_layers)
     _check_layout(config, world_size)
+    kind_of(config.memory).check(config)
     _check_kernels(config)
     _check_schedule(config)
     check_profiling(config, world_size, torch.cuda.is_available())
@@ -110,6 +119,20 @@ def points_of(memory: MemoryConfig) -> torch.Tensor:
         )
     except ValueError as error:
         raise ConfigError(f"memory.sampler: {error}") from None
+
+
+def check_same_weights(saved: RunConfig, now: RunConfig, checkpoint: Path) -> None:
+    """Refuses a memory section whose own parameters are not those of the checkpoint.
+
+    Raises:
+        ConfigError: another kind with parameters, or another number of them.
+    """
+    if weight_identity(saved.model, saved.memory) != weight_identity(now.model, now.memory):
+        raise ConfigError(
+            f"{checkpoint} holds the weights of memory.kind '{saved.memory.kind}', and '{now.memory.kind}' as it is set "
+            "here has others: kinds with weights of their own (infini, memorizing, melodi) keep kind, layers and sizes of "
+            "those weights; between the kinds without, memory.* may change"
+        )
 
 
 def _value(config: RunConfig, key: str) -> object:
@@ -170,11 +193,13 @@ def _check_shape(config: RunConfig) -> None:
         raise ConfigError(
             f"memory.superchunk {memory.superchunk} is more than the {blocks} blocks of a sample on a rank: 0 chooses"
         )
-    if memory.carry_memory and not memory_layers(memory, shape.num_layers):
+    elastic_layers = memory_layers(memory, shape.num_layers) if memory.kind == "elastic" else ()
+    if memory.carry_memory and not elastic_layers:
         raise ConfigError(
-            "memory.carry_memory needs layers with a memory: set memory.kind=elastic and memory.layers, or switch it off"
+            "memory.carry_memory needs layers with an elastic memory: set memory.kind=elastic and memory.layers, or "
+            "switch it off (the other kinds begin every sample with an empty memory)"
         )
-    if memory_layers(memory, shape.num_layers) and not memory.superchunk:
+    if elastic_layers and not memory.superchunk:
         try:
             split = ranks > 1 or memory.carry_memory
             plan(blocks, memory.order, memory.slots, memory.block_length, part_of_sample=split)

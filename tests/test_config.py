@@ -122,7 +122,7 @@ def test_help_lists_every_option():
 def test_memory_layers_and_floats():
     config = tiny_config("memory.layers=1")
     assert memory_layers(config.memory, 2) == (1,)
-    assert memory_floats_per_sequence(config.model, config.memory) == 2 * 12 * 8 * 2  # K and V, N, d, KV heads
+    assert memory_floats_per_sequence(config.model, config.memory, 40) == 2 * 12 * 8 * 2  # K and V, N, d, KV heads
     assert memory_layers(tiny_config("memory.layers=0,3-5").memory, 8) == (0, 3, 4, 5)
     assert memory_layers(tiny_config("memory.kind=block_local").memory, 8) == ()
     assert len(TINY) > 10

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from em_megatron.benchmark.models import one_rank
 from em_megatron.benchmark.peers import GrowingCache
 from em_megatron.config import RunConfig
-from em_megatron.model.elastic_attention import ElasticMemoryAttention
 from em_megatron.model.initialization import initialize_weights
 from em_megatron.model.language_model import build_model, memory_cache
+from em_megatron.model.memory_attention import MemoryAttention
 from em_megatron.model.memory_cache import MemoryCache
 from em_megatron.model.sizes import shape_of
 
@@ -51,6 +51,6 @@ class MegatronBackend:
         return MegatronGeneration(self.model, memory_cache(self.model, batch_size=1))
 
     def peer_after(self, context: int, tokens: int) -> MegatronGeneration:
-        attentions = [module for module in self.model.modules() if isinstance(module, ElasticMemoryAttention)]
+        attentions = [module for module in self.model.modules() if isinstance(module, MemoryAttention)]
         like = next(self.model.parameters())
         return MegatronGeneration(self.model, GrowingCache(attentions, context, context + tokens, like))

@@ -12,8 +12,9 @@ from megatron.core import tensor_parallel
 
 from em_megatron.benchmark.floors import MemorySizes
 from em_megatron.config import ConfigError, RunConfig, load_config
-from em_megatron.model.elastic_attention import ElasticMemoryAttention, TrapezoidCore
+from em_megatron.model.elastic_attention import TrapezoidCore
 from em_megatron.model.language_model import PRECISIONS, transformer_config
+from em_megatron.model.memory_attention import MemoryAttention
 from em_megatron.model.sizes import shape_of
 from em_megatron.ops.dispatch import choose
 from em_megatron.parallel import cpu_backend
@@ -100,7 +101,7 @@ class Exchange:
     """The core attentions of the variants of one model, put into it by name."""
 
     def __init__(self, chunks: list[torch.nn.Module], variants: dict[str, RunConfig], layout: Layout) -> None:
-        self.attentions = [m for chunk in chunks for m in chunk.modules() if isinstance(m, ElasticMemoryAttention)]
+        self.attentions = [m for chunk in chunks for m in chunk.modules() if isinstance(m, MemoryAttention)]
         self.cores = {
             name: [
                 TrapezoidCore(transformer_config(variant), attention.layer_number, pg_collection=layout.pg_collection)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from em_megatron.benchmark.timing import UnavailableError
 from em_megatron.hippo import legs
-from em_megatron.model.elastic_attention import ElasticMemoryAttention
+from em_megatron.model.memory_attention import MemoryAttention
 from em_megatron.ops.rotary import rotary_tables, rotate
 
 FLEX_TILE = 128  # tokens per side of a tile of FlexAttention's mask
@@ -170,7 +170,7 @@ class GrowingLayer:
 class GrowingCache(BaseInferenceContext):
     """A cache of all keys and values of all layers, in the place of the model's constant memory."""
 
-    def __init__(self, attentions: Sequence[ElasticMemoryAttention], held: int, capacity: int, like: Tensor) -> None:
+    def __init__(self, attentions: Sequence[MemoryAttention], held: int, capacity: int, like: Tensor) -> None:
         super().__init__(InferenceConfig())
         self.layers = {
             layer.layer_number: GrowingLayer(

@@ -77,7 +77,7 @@ class StepBenchmark:
             return step
 
         shape, itemsize = shape_of(config.model), self.dtype.itemsize
-        parameters = num_parameters(config.model, self.vocabulary)
+        parameters = num_parameters(config.model, self.vocabulary, config.memory)
         sizes = memory_sizes(config)
         work = step_work(shape, options.batch, options.length, sizes, self.vocabulary, parameters, itemsize)
         return Candidate(GROUP, name, prepare, options.batch * options.length, work, is_peer=name == FULL)

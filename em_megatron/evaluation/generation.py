@@ -71,7 +71,7 @@ class MegatronText:
         self.model, self.vocabulary = model, vocabulary
         self.cache: MemoryCache = memory_cache(model, batch_size=1)
         self.device = next(model.parameters()).device
-        self._chunk = next(iter(self.cache.layers.values())).block_length
+        self._chunk = next(iter(self.cache.layers.values())).room  # a block, as long as it is empty
         self.logits = self.read_ids([vocabulary.bos_id])  # of the next token, [1, vocab]
 
     def read(self, text: str) -> None:

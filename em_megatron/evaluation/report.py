@@ -46,7 +46,9 @@ def write_report(run: Restored, found: dict[str, Any], folder: Path) -> str:
         "checkpoint": str(run.checkpoint),
         "step": run.step,
         "memory": dataclasses.asdict(run.config.memory),
-        "memory_floats_per_sequence": memory_floats_per_sequence(run.config.model, run.config.memory),
+        "memory_floats_per_sequence": memory_floats_per_sequence(
+            run.config.model, run.config.memory, run.config.data.sequence_length
+        ),
         **found,
     }
     (folder / "evaluation.json").write_text(json.dumps(finite(document), indent=1) + "\n")
@@ -55,7 +57,7 @@ def write_report(run: Restored, found: dict[str, Any], folder: Path) -> str:
 
 
 def _table(run: Restored, found: dict[str, Any]) -> str:
-    floats = memory_floats_per_sequence(run.config.model, run.config.memory)
+    floats = memory_floats_per_sequence(run.config.model, run.config.memory, run.config.data.sequence_length)
     lines = [
         f"{run.checkpoint}: {reader_of(run.config.memory)}, {floats:,} memory floats per sequence",
         f"held-out: {found['tokens']:,} tokens, {found['bytes']:,} bytes of text",

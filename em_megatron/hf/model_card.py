@@ -52,7 +52,7 @@ generated. Assisted generation and static caches are refused: what was read cann
 def model_card(source: Source, compared: Comparison) -> str:
     """Markdown; every figure in it was measured on this checkpoint."""
     model, memory, shape = source.config.model, source.config.memory, shape_of(source.config.model)
-    parameters = num_parameters(model, source.rows[0].shape[0])
+    parameters = num_parameters(model, source.rows[0].shape[0], memory)
     layers = len(memory_layers(memory, shape.num_layers))
     facts = [
         ("parameters", f"{parameters:,}"),
@@ -61,7 +61,7 @@ def model_card(source: Source, compared: Comparison) -> str:
          f"{shape.hidden_size}, {shape.num_attention_heads}, {shape.num_query_groups}, {shape.kv_channels}"),
         ("block length", f"{memory.block_length} tokens"),
         ("memory", reader_of(memory)),
-        ("memory floats per sequence", f"{memory_floats_per_sequence(model, memory):,}, whatever its length"),
+        ("memory floats per sequence", f"{memory_floats_per_sequence(model, memory, source.config.data.sequence_length):,}, whatever its length"),
         ("vocabulary", f"{source.vocabulary.size:,} (rows of the embedding: {source.rows[0].shape[0]:,})"),
         ("weights", str(source.dtype).removeprefix("torch.")),
     ]  # fmt: skip

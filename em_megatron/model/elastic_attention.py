@@ -1,4 +1,4 @@
-"""The attention layer of Elastic Memory as a Megatron-Core module: project → read memory → attend → write memory.
+"""The core attention of Elastic Memory: read memory → attend → write memory.
 
 Heads, keys, values and memory state are split over tensor-parallel ranks by KV head; nothing about the memory is
 communicated between them. Context-parallel ranks hand on the states of documents that span them. Layer l's memory
@@ -10,26 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from em_megatron.config import MemoryConfig
 from em_megatron.hippo.banks import MemoryBanks, shared_banks
 from em_megatron.model.carried_memory import CarriedMemory
-from em_megatron.model.memory_cache import LayerCache, MemoryCache
+from em_megatron.model.memory_cache import LayerCache
 from em_megatron.model.sizes import memory_layers
 from em_megatron.ops.block_layout import BlockLayout
 from em_megatron.ops.memory import block_memory
 from em_megatron.ops.trapezoid_attention import trapezoid_attention
 from em_megatron.parallel.memory_handoff import Handoff
 from em_megatron.validate import points_of
+
+if TYPE_CHECKING:
+    from em_megatron.model.memory_attention import MemoryAttention
 
 
 @dataclass
@@ -93,6 +94,12 @@ class TrapezoidCore(torch.nn.Module):
         layout: BlockLayout,
     ) -> Tensor:  # fmt: skip
         return trapezoid_attention(query, key, value, slots, layout, self.rotary_base, self.memory.kernels)
+
+    def new_cache(
+        self, attention: MemoryAttention, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerCache:
+        """An empty cache of this layer for generation."""
+        return LayerCache(attention, batch_size, dtype, device)
 
 
 class LayerMemory:
@@ -174,57 +181,3 @@ class LayerMemory:
         if layout.sequence_size > 1:
             dist.broadcast(states, group=core.context_group, group_src=layout.sequence_size - 1)
         core.carried.write(core.layer, [layout.slots[row] for row in rows], states)
-
-
-class ElasticMemoryAttention(SelfAttention):
-    """Self-attention of a layer with Elastic Memory, or block-local where `memory.layers` leaves the layer out.
-
-    linear_qkv is column parallel, linear_proj row parallel, as in Megatron's own attention; no parameter is added.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        packed_seq_params: BlockLayout | None = None,
-        inference_context: MemoryCache | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attends within documents.
-
-        Args:
-            hidden_states: [T, b, hidden]; under sequence parallelism this rank's part of T.
-            attention_mask: not used, the layout says what is visible.
-            packed_seq_params: the documents of the micro-batch (training and evaluation).
-            inference_context: the cache of a generation instead; the tokens go on where it stands.
-
-        Returns:
-            ([T, b, hidden], bias of the output projection or None).
-
-        Raises:
-            ValueError: neither a layout nor a cache was given.
-        """
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
-        if inference_context is not None:
-            context = self._continue(query, key, value, inference_context.layers[self.layer_number])
-        elif packed_seq_params is None:
-            raise ValueError("ElasticMemoryAttention needs a BlockLayout as packed_seq_params, or a MemoryCache")
-        elif self.checkpoint_core_attention and self.training:
-            context = tensor_parallel.checkpoint(
-                lambda q, k, v: self.core_attention(q, k, v, packed_seq_params), False, query, key, value
-            )
-        else:
-            context = self.core_attention(query, key, value, packed_seq_params)
-        output, bias = self.linear_proj(context)
-        return output, bias
-
-    def _continue(self, query: Tensor, key: Tensor, value: Tensor, memory: LayerCache) -> Tensor:
-        """Attends block piece by block piece from where the cache stands, and moves it on."""
-        pieces, start = [], 0
-        while start < query.shape[0]:
-            stop = min(query.shape[0], start + memory.room)
-            span = slice(start, stop)
-            pieces.append(memory.attend(query[span], key[span], value[span]))
-            start = stop
-        return torch.cat(pieces).flatten(2)

@@ -12,8 +12,9 @@ from megatron.core.transformer.module import Float16Module
 
 from em_megatron.config import RunConfig
 from em_megatron.model.carried_memory import CarriedMemory
-from em_megatron.model.elastic_attention import ElasticMemoryAttention, ElasticTransformerConfig
+from em_megatron.model.elastic_attention import ElasticTransformerConfig
 from em_megatron.model.layer_specs import elastic_stack_spec
+from em_megatron.model.memory_attention import MemoryAttention
 from em_megatron.model.memory_cache import MemoryCache
 from em_megatron.model.sizes import shape_of
 from em_megatron.parallel.handoff_cost import choose_handoff, state_bytes
@@ -140,9 +141,7 @@ def build_model(
 
 def attach_carried_memory(model_chunks: list[torch.nn.Module]) -> CarriedMemory:
     """Gives the memory layers of this rank a place to keep states from step to step, empty at first."""
-    attentions = [
-        module for chunk in model_chunks for module in chunk.modules() if isinstance(module, ElasticMemoryAttention)
-    ]
+    attentions = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, MemoryAttention)]
     shapes: dict[int, tuple[int, ...]] = {
         attention.core_attention.layer: (
             attention.core_attention.memory.order,
@@ -162,6 +161,6 @@ def attach_carried_memory(model_chunks: list[torch.nn.Module]) -> CarriedMemory:
 
 def memory_cache(model: torch.nn.Module, batch_size: int) -> MemoryCache:
     """An empty cache for generation with `model`."""
-    attentions = [module for module in model.modules() if isinstance(module, ElasticMemoryAttention)]
+    attentions = [module for module in model.modules() if isinstance(module, MemoryAttention)]
     parameter = next(model.parameters())
     return MemoryCache(attentions, batch_size, parameter.dtype, parameter.device)

@@ -17,7 +17,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from em_megatron.model.elastic_attention import ElasticMemoryAttention, TrapezoidCore
+from em_megatron.model.elastic_attention import ElasticTransformerConfig, TrapezoidCore
+from em_megatron.model.kind_core import KindCore
+from em_megatron.model.memory_attention import MemoryAttention
 from em_megatron.model.norm import RMSNorm
 
 
@@ -35,15 +37,15 @@ class ElasticStack(HybridStack):
         return self.final_norm(hidden) if self.post_process else hidden
 
 
-def elastic_stack_spec(config: TransformerConfig) -> ModuleSpec:
-    """Attention layers `*` with Elastic Memory and MLP layers `-`, each pre-normed."""
+def elastic_stack_spec(config: ElasticTransformerConfig) -> ModuleSpec:
+    """Attention layers `*` with the memory kind and MLP layers `-`, each pre-normed."""
     head_norm = RMSNorm if config.qk_layernorm else None
     attention = ModuleSpec(
-        module=ElasticMemoryAttention,
+        module=MemoryAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=TrapezoidCore,
+            core_attention=TrapezoidCore if config.memory.kind in ("elastic", "block_local") else KindCore,
             linear_proj=RowParallelLinear,
             q_layernorm=head_norm,
             k_layernorm=head_norm,

@@ -6,7 +6,7 @@ Per layer: the state C of keys and values, the slots read from it, the keys and 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from megatron.core.inference.config import InferenceConfig
@@ -17,15 +17,29 @@ from em_megatron.hippo.banks import MemoryBanks
 from em_megatron.ops.rotary import rotary_tables, rotate
 
 if TYPE_CHECKING:
-    from em_megatron.model.elastic_attention import ElasticMemoryAttention
+    from em_megatron.model.memory_attention import MemoryAttention
+
+
+class BlockCache(Protocol):
+    """What every kind's cache of a layer can do."""
+
+    state: Tensor | None  # of an elastic memory, after the last whole block
+
+    @property
+    def room(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def copy(self) -> BlockCache: ...
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
 
 class LayerCache:
-    """Memory and current block of one layer on this tensor rank."""
+    """Elastic memory and current block of one layer on this tensor rank."""
 
-    def __init__(
-        self, attention: ElasticMemoryAttention, batch_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, attention: MemoryAttention, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         core, heads = attention.core_attention, attention.num_query_groups_per_partition
         dim = attention.hidden_size_per_attention_head
         self.banks: MemoryBanks | None = core.banks
@@ -101,13 +115,15 @@ class MemoryCache(BaseInferenceContext):
 
     def __init__(
         self,
-        attentions: list[ElasticMemoryAttention],
+        attentions: list[MemoryAttention],
         batch_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__(InferenceConfig())
-        self.layers = {layer.layer_number: LayerCache(layer, batch_size, dtype, device) for layer in attentions}
+        self.layers: dict[int, BlockCache] = {
+            layer.layer_number: layer.core_attention.new_cache(layer, batch_size, dtype, device) for layer in attentions
+        }
 
     def copy(self) -> MemoryCache:
         """A second one of the same content: what is read into it leaves this one as it was."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from em_megatron.kinds import kind_of
+
 if TYPE_CHECKING:
     from em_megatron.config import MemoryConfig, ModelConfig
 
@@ -60,12 +62,22 @@ def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
     return -(-vocab_size // divisible_by) * divisible_by
 
 
-def num_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters of the built model, embeddings included; `vocab_size` is the padded one. The memory adds none."""
+def num_parameters(model: ModelConfig, vocab_size: int, memory: MemoryConfig | None = None) -> int:
+    """Parameters of the built model, embeddings included; `vocab_size` is the padded one.
+
+    The elastic memory adds none; without `memory` only the Transformer's own are counted.
+    """
     shape = shape_of(model)
     embeddings = vocab_size * shape.hidden_size * (1 if model.share_embeddings_and_output_weights else 2)
     norms = 2 * shape.hidden_size + (2 * shape.kv_channels if model.qk_layernorm else 0)
-    return embeddings + shape.num_layers * (_layer_matrices(shape) + norms) + shape.hidden_size
+    own = embeddings + shape.num_layers * (_layer_matrices(shape) + norms) + shape.hidden_size
+    return own if memory is None else own + memory_parameters(model, memory)
+
+
+def memory_parameters(model: ModelConfig, memory: MemoryConfig) -> int:
+    """Parameters that the memory kind adds to the Transformer's."""
+    shape = shape_of(model)
+    return kind_of(memory).parameters(memory, shape, len(memory_layers(memory, shape.num_layers)))
 
 
 def _layer_matrices(shape: Shape) -> int:
@@ -76,33 +88,41 @@ def _layer_matrices(shape: Shape) -> int:
 
 
 def memory_layers(memory: MemoryConfig, num_layers: int) -> tuple[int, ...]:
-    """Layers (from 0) that have a memory: parses `all`, `none`, or `0,4-7`.
+    """Layers (from 0) that have a memory: parses `auto`, `all`, `none`, or `0,4-7`.
 
     Raises:
         ConfigError: not such a list, or a layer the model does not have.
     """
     from em_megatron.config import ConfigError
 
-    if memory.kind == "block_local" or memory.layers == "none":
+    kind = kind_of(memory)
+    if not kind.has_memory() or memory.layers == "none":
         return ()
+    if memory.layers == "auto":
+        return kind.default_layers(num_layers)
     if memory.layers == "all":
         return tuple(range(num_layers))
     chosen: set[int] = set()
     for part in str(memory.layers).split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or not (last or first).isdigit():
-            raise ConfigError(f"memory.layers '{memory.layers}' is not 'all', 'none' or a list such as 0,4-7")
+            raise ConfigError(f"memory.layers '{memory.layers}' is not 'auto', 'all', 'none' or a list such as 0,4-7")
         chosen.update(range(int(first), int(last or first) + 1))
     if not chosen or max(chosen) >= num_layers:
         raise ConfigError(f"memory.layers '{memory.layers}' does not fit a model with layers 0 to {num_layers - 1}")
     return tuple(sorted(chosen))
 
 
-def memory_floats_per_sequence(model: ModelConfig, memory: MemoryConfig) -> int:
-    """Numbers kept per sequence over all layers: 2·N·d·h per memory layer, whatever the length of the context."""
+def memory_floats_per_sequence(model: ModelConfig, memory: MemoryConfig, sequence_length: int) -> int:
+    """Numbers kept per sequence over all layers; of some kinds (`Kind.grows`) it grows with the sequence."""
     shape = shape_of(model)
     layers = len(memory_layers(memory, shape.num_layers))
-    return layers * 2 * memory.order * shape.kv_channels * shape.num_query_groups
+    return kind_of(memory).memory_floats(memory, shape, layers, sequence_length)
+
+
+def weight_identity(model: ModelConfig, memory: MemoryConfig) -> tuple[object, ...]:
+    """What decides the parameters that the memory kind adds; weights of one recipe fit another where it is equal."""
+    return kind_of(memory).weight_identity(memory, memory_layers(memory, shape_of(model).num_layers))
 
 
 def flops_per_token(
@@ -110,23 +130,11 @@ def flops_per_token(
 ) -> float:
     """Forward and backward FLOPs per token of training, two per multiply-add, recomputation not counted.
 
-    Matrices, the triangle of the own block (L/2 keys on average), the slots, and the memory operator as planned for the
-    part of a sample that a context-parallel rank holds.
+    The Transformer's matrices; and what the memory kind counts: the triangle of the own block (L/2 keys on average), what
+    is read of the memory, and writing it. A sample counts as one document.
     """
-    from em_megatron.hippo.cost_model import memory_cost, plan
-
     shape = shape_of(model)
-    tokens = sequence_length // context_parallel_size
-    split = context_parallel_size > 1 or memory.carry_memory
-    blocks = tokens // memory.block_length
     layers = len(memory_layers(memory, shape.num_layers))
     matrices = shape.num_layers * _layer_matrices(shape) + vocab_size * shape.hidden_size
-    per_key = 2 * shape.num_attention_heads * shape.kv_channels
-    attention = per_key * (shape.num_layers * memory.block_length / 2 + layers * memory.slots)
-    read_write = 0.0
-    if layers:
-        sizes = (memory.order, memory.slots, memory.block_length)
-        superchunk = memory.superchunk or plan(blocks, *sizes, part_of_sample=split)
-        channels = 2 * shape.num_query_groups * shape.kv_channels
-        read_write = layers * channels * memory_cost(blocks, superchunk, *sizes, part_of_sample=split) / tokens
-    return 6.0 * (matrices + attention) + 4.0 * read_write  # the memory's matrices have no gradient
+    kind = kind_of(memory)
+    return 6.0 * matrices + kind.attention_flops(memory, shape, layers, sequence_length, context_parallel_size)

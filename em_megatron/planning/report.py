@@ -77,9 +77,9 @@ def _details(planned: Planned) -> list[str]:
     job, found, parts = planned.job, planned.estimate, planned.memory
     usable = usable_bytes(planned.cluster)
     return [
-        f"model    {num_parameters(job.config.model, job.vocab):,} parameters, vocabulary {job.vocab:,}, "
+        f"model    {num_parameters(job.config.model, job.vocab, job.config.memory):,} parameters, vocabulary {job.vocab:,}, "
         f"{found.flops_per_token / 1e9:,.2f} GFLOP per token; memory "
-        f"{memory_floats_per_sequence(job.config.model, job.config.memory):,} floats per sequence",
+        f"{memory_floats_per_sequence(job.config.model, job.config.memory, job.config.data.sequence_length):,} floats per sequence",
         f"layout   {job.layout}; {_schedule(job)}",
         "",
         *_rows("memory of a GPU, the pipeline stage that needs most", "GiB", PARTS, parts.named(), GIB),
@@ -201,7 +201,7 @@ def _as_dict(planned: Planned, plan: Plan) -> dict[str, Any]:
         "layout": job.layout,
         "overrides": overrides_of(planned, plan.recipe),
         "world_size": job.world_size,
-        "parameters": num_parameters(job.config.model, job.vocab),
+        "parameters": num_parameters(job.config.model, job.vocab, job.config.memory),
         "vocab_size": job.vocab,
         "flops_per_token": found.flops_per_token,
         "memory_bytes": {**planned.memory.named(), "total": planned.memory.total},

@@ -120,7 +120,9 @@ def _row(run: Run, result: StepResult) -> dict[str, float]:
         "consumed_samples": run.state.consumed_samples,
         "consumed_tokens": run.state.consumed_tokens,
         "skipped_batches": len(run.bad.skipped),
-        "memory_floats_per_sequence": memory_floats_per_sequence(run.config.model, run.config.memory),
+        "memory_floats_per_sequence": memory_floats_per_sequence(
+            run.config.model, run.config.memory, run.config.data.sequence_length
+        ),
     }
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from em_megatron.config import RunConfig
+from em_megatron.kinds import kind_of
 from em_megatron.model.language_model import PRECISIONS, handoff_kind, layer_state_bytes
 from em_megatron.model.sizes import (
     flops_per_token,
     memory_floats_per_sequence,
     memory_layers,
+    memory_parameters,
     num_parameters,
     padded_vocab_size,
     shape_of,
@@ -27,27 +29,34 @@ def describe_run(run: Run) -> str:
     flops = flops_per_token(
         config.model, memory, vocab, config.data.sequence_length, config.parallel.context_parallel_size
     )
-    layers = len(memory_layers(memory, shape.num_layers))
+    layers, kind = len(memory_layers(memory, shape.num_layers)), kind_of(memory)
     blocks = config.data.sequence_length // memory.block_length
     interleaved = f" × {layout.vpp_size} chunks" if layout.vpp_size else ""
     lines = [
         f"run     {config.run_dir}, step {run.state.step} of {config.training.train_steps}",
-        f"model   {num_parameters(config.model, vocab):,} parameters, {shape.num_layers} layers × "
+        f"model   {num_parameters(config.model, vocab, memory):,} parameters{_own(config)}, {shape.num_layers} layers × "
         f"{shape.hidden_size}, vocabulary {vocab}, {flops / 1e6:,.1f} MFLOP per token, {config.training.precision}",
-        f"memory  {layers} of {shape.num_layers} layers, order {memory.order}, {memory.slots} slots "
-        f"({memory.sampler}), {memory_floats_per_sequence(config.model, memory):,} floats per sequence",
+        f"memory  {memory.kind} in {layers} of {shape.num_layers} layers: {kind.describe(memory)}, "
+        f"{memory_floats_per_sequence(config.model, memory, config.data.sequence_length):,} floats per sequence"
+        f"{' of this length' if kind.grows(memory) else ''}",
         f"data    {config.data.path}: {config.data.sequence_length} tokens = {blocks} blocks of "
         f"{memory.block_length}, {config.training.global_batch_size} samples a step",
         f"kernels {_kernels(config, run.device)}",
         f"layout  {layout.world_size} ranks on {run.device.type}: tensor {layout.tp_size}, pipeline "
         f"{layout.pp_size}{interleaved}, context {layout.cp_size}, data {layout.dp_size}",
     ]
-    if layout.cp_size > 1 and layers:
+    if layout.cp_size > 1 and layers and memory.kind == "elastic":
         lines.append(f"context {describe_handoff(config)}")
     if run.carried is not None:
         held = run.carried.most_bytes(len(run.batch_slots))
         lines.append(f"carried states from step to step, up to {held / 1e6:,.3g} MB on a rank")
     return "\n".join(lines)
+
+
+def _own(config: RunConfig) -> str:
+    """How many of the parameters are the memory kind's, where it has any."""
+    own = memory_parameters(config.model, config.memory)
+    return f" ({own:,} of them {config.memory.kind}'s)" if own else ""
 
 
 def _kernels(config: RunConfig, device: torch.device) -> str:

@@ -13,9 +13,10 @@ from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.config import ConfigError, MemoryConfig, RunConfig, load_config
 from em_megatron.data.manifest import TOKENIZER_NAME
 from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.kinds import kind_of
 from em_megatron.parallel.process_groups import Layout
 from em_megatron.training.setup import build_chunks, initialize_layout
-from em_megatron.validate import validate
+from em_megatron.validate import check_same_weights, validate
 
 
 @dataclass
@@ -57,7 +58,12 @@ def saved_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
         "training.recompute=none",
         "profiling.first_step=0",
     ]
-    return load_config(checkpoint / "config.yaml", [*alone, *overrides])
+    config, saved = (
+        load_config(checkpoint / "config.yaml", [*alone, *overrides]),
+        load_config(checkpoint / "config.yaml"),
+    )
+    check_same_weights(saved, config, checkpoint)
+    return config
 
 
 def restore(path: Path, overrides: Sequence[str], world_size: int) -> Restored:
@@ -88,11 +94,5 @@ def restore(path: Path, overrides: Sequence[str], world_size: int) -> Restored:
 
 def reader_of(memory: MemoryConfig) -> str:
     """The memory and its reader in a few words, for reports."""
-    if memory.kind == "block_local":
-        return "no memory"
-    details = {
-        "exponential": f"a={memory.sampler_a:g}",
-        "window": f"{memory.sampler_lo:g} to {memory.sampler_hi:g}",
-    }.get(memory.sampler, "")
-    sampler = f"{memory.sampler} ({details})" if details else memory.sampler
-    return f"order {memory.order}, {memory.slots} slots, {sampler}"
+    found = kind_of(memory).describe(memory)
+    return found if memory.kind in ("elastic", "block_local") else f"{memory.kind}: {found}"

@@ -36,7 +36,7 @@ from em_megatron.parallel.process_groups import Layout, initialize
 from em_megatron.training.bad_batches import BadBatches
 from em_megatron.training.microbatch import MicroBatch, micro_batches
 from em_megatron.training.optimizer import build_optimizer, build_scheduler
-from em_megatron.validate import validate
+from em_megatron.validate import check_same_weights, validate
 
 log = logging.getLogger(__name__)
 
@@ -287,6 +287,7 @@ def load_initial_weights(config: RunConfig, path: Path, chunks: list[torch.nn.Mo
                 f"model.{item.name} is {now}, but checkpoint.initial_load_path holds weights for {before}: give the "
                 f"model section of {checkpoint / 'config.yaml'}"
             )
+    check_same_weights(saved, config, checkpoint)
     tokenizer = checkpoint.parent.parent / TOKENIZER_NAME
     if not tokenizer.is_file():
         log.warning("%s lies without a tokenizer: its rows are taken for the ids of this corpus", checkpoint)
@@ -310,6 +311,7 @@ def check_continues(config: RunConfig, checkpoint: Path) -> None:
             "choose another name, or remove the folder"
         )
     saved = load_config(checkpoint / "config.yaml")
+    check_same_weights(saved, config, checkpoint)
     for key in (*FIXED, *(FIXED_WITH_CARRIED_MEMORY if config.memory.carry_memory else ())):
         before, now = attrgetter(key)(saved), attrgetter(key)(config)
         if before != now:

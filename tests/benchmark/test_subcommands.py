@@ -17,8 +17,8 @@ from em_megatron.benchmark.peers import GrowingCache
 from em_megatron.benchmark.picture import binary
 from em_megatron.benchmark.runner import default_folder
 from em_megatron.hf.config_mapping import hugging_face_config
-from em_megatron.model.elastic_attention import ElasticMemoryAttention
 from em_megatron.model.language_model import build_model
+from em_megatron.model.memory_attention import MemoryAttention
 from em_megatron.ops.block_layout import BlockLayout
 from launch.benchmark import main
 from tests.one_rank import one_rank
@@ -155,7 +155,7 @@ def test_the_growing_cache_attends_to_all_tokens():
     config = run_config(tiny(), 32, "fp32", "", 1)
     with one_rank() as groups:
         model = build_model(config, 16, groups.pg_collection).eval()
-        attention = next(m for m in model.modules() if isinstance(m, ElasticMemoryAttention))
+        attention = next(m for m in model.modules() if isinstance(m, MemoryAttention))
         cache = GrowingCache([attention], held=0, capacity=5, like=torch.zeros(()))
     layer = cache.layers[attention.layer_number]
     query, key, value = torch.randn(5, 1, 4, 8), torch.randn(5, 1, 2, 8), torch.randn(5, 1, 2, 8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,22 +80,66 @@ VARIANTS = (
 )
 
 devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def marks(device: str, count: int, fast: bool) -> list[pytest.MarkDecorator]:
+    """Of a case on so many ranks: where it runs, and whether the fast tests do without it on the CPU."""
+    return [
+        *([pytest.mark.gpu] if device == "gpu" else []),
+        *([pytest.mark.slow] if not fast and device == "cpu" else []),
+        pytest.mark.skipif(
+            count > devices if device == "gpu" else devices > 0,
+            reason=f"needs {count} GPUs" if device == "gpu" else "the CPU backend is off where CUDA is present",
+        ),
+    ]
+
+
 PARAMETERS = [
-    pytest.param(
-        name,
-        id=f"{name} on {device}",
-        marks=[
-            *([pytest.mark.gpu] if device == "gpu" else []),
-            *([pytest.mark.slow] if (count > 4 or name in VARIANTS) and device == "cpu" else []),
-            pytest.mark.skipif(
-                count > devices if device == "gpu" else devices > 0,
-                reason=f"needs {count} GPUs" if device == "gpu" else "the CPU backend is off where CUDA is present",
-            ),
-        ],
-    )
+    pytest.param(name, id=f"{name} on {device}", marks=marks(device, count, count <= 4 and name not in VARIANTS))
     for device in ("cpu", "gpu")
     for name, (count, _) in CASES.items()
 ]
+# The other memory kinds, each with the variant of its settings that differs most in what ranks do.
+KINDS: dict[str, tuple[str, ...]] = {
+    "full": ("memory.kind=full",),
+    "transformer_xl": ("memory.kind=transformer_xl",),
+    "subsample": ("memory.kind=subsample",),
+    "infini, linear": ("memory.kind=infini",),
+    "infini, delta": ("memory.kind=infini", "memory.update=delta"),
+    "memorizing, dense": ("memory.kind=memorizing", "memory.top_k=0", "memory.pairs=13", "memory.layers=0,2"),
+    "memorizing, top-k": ("memory.kind=memorizing", "memory.top_k=3", "memory.pairs=17"),
+    "melodi": (
+        "memory.kind=melodi",
+        "memory.short_term_tokens=3",
+        "memory.long_term_tokens=4",
+        "memory.long_term_increment=2",
+    ),
+}
+# name → (ranks, overrides), for every kind; on the CPU the fast tests run the first two.
+KIND_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "tensor + sequence": (2, (TP, SP, SELECTIVE, TWO)),
+    "context": (2, (CP, DIST, FULL)),
+    "interleaved": (2, (PP, VPP, TIED, TWO)),
+    "data": (2, (DIST, FULL)),
+    "context 4": (4, (CP4, SELECTIVE, TWO)),
+    "tensor × pipeline": (4, (TP, SP, PP)),
+    "tensor × context": (4, (TP, CP, QK_NORM)),
+}
+FAST_LAYOUTS = {"tensor + sequence", "context"}
+
+
+def kind_parameters() -> list[Any]:
+    found = []
+    for device in ("cpu", "gpu"):
+        for layout, (count, overrides) in KIND_LAYOUTS.items():
+            for kind in KINDS:
+                if kind == "melodi" and (CP in overrides or CP4 in overrides):
+                    continue  # refused: tests/test_config.py
+                fast = layout in FAST_LAYOUTS or (kind == "melodi" and layout == "interleaved")
+                found.append(
+                    pytest.param(kind, layout, id=f"{kind}: {layout} on {device}", marks=marks(device, count, fast))
+                )
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +157,16 @@ def names(parts: Parts, start: str) -> list[str]:
 
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_equals_one_rank(ranks, references, case):
-    count, overrides = CASES[case]
+    check_case(ranks, references, case, *CASES[case])
+
+
+@pytest.mark.parametrize(("kind", "layout"), kind_parameters())
+def test_every_kind_equals_one_rank(ranks, references, kind, layout):
+    count, overrides = KIND_LAYOUTS[layout]
+    check_case(ranks, references, f"{kind}: {layout}", count, (*KINDS[kind], *overrides))
+
+
+def check_case(ranks, references, case: str, count: int, overrides: tuple[str, ...]) -> None:
     model = model_only(overrides)
     if model not in references:
         (references[model],) = ranks(1).run(run_case, model)
@@ -139,7 +193,8 @@ def test_equals_one_rank(ranks, references, case):
 def check_states(ranks, model: tuple[str, ...], parts: list[Parts], expected: bool) -> None:
     """The states that entered, against the reference stepped from the layer's keys and values on one rank."""
     found = {name for part in parts for name in names(part, "state of")}
-    assert bool(found) == (expected and "memory.kind=block_local" not in model) or CARRY in model
+    elastic = not any(item.startswith("memory.kind=") for item in model)
+    assert bool(found) == (expected and elastic) or CARRY in model
     if not found or CARRY in model:  # test_carried_memory.py compares those with samples that are longer
         return
     at = {tuple(int(number) for number in re.findall(r"\d+", name)) for name in found}

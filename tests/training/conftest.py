@@ -22,3 +22,13 @@ def chain_corpus(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def key_corpus(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corpora.key_corpus(tmp_path_factory.mktemp("keys") / "corpus", model)
+
+
+@pytest.fixture(scope="session")
+def near_key_corpus(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpora.key_corpus(tmp_path_factory.mktemp("near-keys") / "corpus", model, corpora.NEAR)
+
+
+@pytest.fixture(scope="session")
+def copy_corpus(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpora.copy_corpus(tmp_path_factory.mktemp("copies") / "corpus", model)

@@ -94,24 +94,49 @@ def chain_corpus(folder: Path, model: Path) -> Path:
     return write_ids(folder, model, {"train": documents[:-4], "validation": documents[-4:]})
 
 
-# The key task: a key in the first block decides what follows each marker more than two blocks later.
+# The key task: a key in the first block decides what follows each marker in later blocks.
 KEYS, FILLER, MARKER, ANSWERS = range(10, 18), range(20, 36), 40, range(50, 58)
 BLOCK, BLOCKS = 16, 5
+FAR, NEAR = (3, 4), (1, 4)  # blocks with a marker: more than two blocks after the key; the first in the block after it
 
 
-def key_document(seed: int) -> list[int]:
-    """bos, half a block of the key, a cycle of filler; in each of the last two blocks one marker and the key's answer."""
+def key_document(seed: int, asked: tuple[int, int] = FAR) -> list[int]:
+    """bos, half a block of the key, a cycle of filler; in each block `asked` one marker and the key's answer."""
     words = numbers(seed, 8).tolist()
     key = words[0] % len(KEYS)
     ids = [BOS, *[KEYS[key]] * (BLOCK // 2)]
     ids += [FILLER[at % len(FILLER)] for at in range(len(ids), BLOCK * BLOCKS)]
-    for block in (3, 4):
+    for block in asked:
         at = block * BLOCK + 1 + words[block] % (BLOCK - 3)
         ids[at : at + 2] = [MARKER, ANSWERS[key]]
     return [*ids, EOS]
 
 
-def key_corpus(folder: Path, model: Path) -> Path:
+def key_corpus(folder: Path, model: Path, asked: tuple[int, int] = FAR) -> Path:
     """Each document fills a sample of five blocks."""
-    documents = [key_document(seed) for seed in range(1200)]
+    documents = [key_document(seed, asked) for seed in range(1200)]
+    return write_ids(folder, model, {"train": documents[:-64], "validation": documents[-64:]})
+
+
+# The copy task: a place of the first block is named two blocks and more later, and its symbol has to follow.
+PLACES, SYMBOLS, FIRST_SYMBOL, FIRST_PLACE = 12, 4, 100, 60
+
+
+def copy_document(seed: int) -> list[int]:
+    """bos, a random symbol for each place, a cycle of filler, then half of the places in each of two blocks, each with its
+    symbol: exact recall of what cannot be guessed."""
+    words = numbers(seed, 2 * PLACES).tolist()
+    symbols = [FIRST_SYMBOL + SYMBOLS * place + words[place] % SYMBOLS for place in range(PLACES)]
+    order = sorted(range(PLACES), key=lambda place: words[PLACES + place])
+    ids = [BOS, *symbols]
+    ids += [FILLER[at % len(FILLER)] for at in range(len(ids), BLOCK * BLOCKS)]
+    for block, places in ((3, order[: PLACES // 2]), (4, order[PLACES // 2 :])):
+        asked = [token for place in places for token in (FIRST_PLACE + place, symbols[place])]
+        ids[block * BLOCK + 2 : block * BLOCK + 2 + len(asked)] = asked
+    return [*ids, EOS]
+
+
+def copy_corpus(folder: Path, model: Path) -> Path:
+    """Each document fills a sample of five blocks."""
+    documents = [copy_document(seed) for seed in range(6064)]
     return write_ids(folder, model, {"train": documents[:-64], "validation": documents[-64:]})
