@@ -14,6 +14,7 @@ from torch import Tensor
 from em_megatron.config import ConfigError
 from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.model.language_model import memory_cache
+from em_megatron.model.melodi_cache import MelodiCache
 from em_megatron.model.memory_cache import MemoryCache
 
 CHARACTERS_AT_ONCE = 1 << 14
@@ -69,9 +70,9 @@ class MegatronText:
 
     def __init__(self, model: torch.nn.Module, vocabulary: Vocabulary) -> None:
         self.model, self.vocabulary = model, vocabulary
-        self.cache: MemoryCache = memory_cache(model, batch_size=1)
+        self.cache: MemoryCache | MelodiCache = memory_cache(model, batch_size=1)
         self.device = next(model.parameters()).device
-        self._chunk = next(iter(self.cache.layers.values())).room  # a block, as long as it is empty
+        self._chunk = self.cache.room  # a block, as long as it is empty
         self.logits = self.read_ids([vocabulary.bos_id])  # of the next token, [1, vocab]
 
     def read(self, text: str) -> None:

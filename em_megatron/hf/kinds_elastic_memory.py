@@ -52,8 +52,7 @@ class Steps:
         if first:
             key, value = torch.cat([kept["keys"], key], 2), torch.cat([kept["values"], value], 2)
         past = {name: x for name, x in kept.items() if name not in ("keys", "values")}
-        reads = self.has_memory and tokens >= self.block_length
-        if reads:
+        if self.has_memory and tokens >= self.block_length:
             out = self.read(query, key, value, past, tokens - first, weights)
         else:
             out = self.local(query, key, value)

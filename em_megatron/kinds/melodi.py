@@ -46,7 +46,7 @@ class Melodi(Kind):
         width, query = window + tokens, shape.num_attention_heads * shape.kv_channels
         key_value = 2 * shape.num_query_groups * shape.kv_channels
         matrices = hidden * (2 * query + key_value + 3 * shape.ffn_hidden_size)
-        per_layer = tokens * matrices  # summary tokens
+        per_layer = float(tokens * matrices)  # summary tokens
         per_layer += tokens * hidden * key_value  # keys and values of short-term tokens
         per_layer += per_key(shape) * width * (tokens + width / 2)
         per_layer += 2 * tokens * width * hidden  # mixers
@@ -83,6 +83,11 @@ class Melodi(Kind):
                 "or data parallelism"
             )
         windows = config.data.sequence_length // memory.block_length
+        if windows < 2:
+            raise ConfigError(
+                f"memory.kind 'melodi' needs two windows a sample at least, not {windows}: lower memory.block_length or "
+                "raise data.sequence_length"
+            )
         tokens = config.data.sequence_length + windows * memory.short_term_tokens
         if parallel.sequence_parallel and tokens % parallel.tensor_model_parallel_size:
             raise ConfigError(

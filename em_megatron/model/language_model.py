@@ -11,9 +11,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from em_megatron.config import RunConfig
+from em_megatron.kinds import kind_of
 from em_megatron.model.carried_memory import CarriedMemory
 from em_megatron.model.elastic_attention import ElasticTransformerConfig
-from em_megatron.model.layer_specs import elastic_stack_spec
+from em_megatron.model.layer_specs import elastic_stack_spec, melodi_stack_spec
+from em_megatron.model.melodi_cache import MelodiCache
+from em_megatron.model.melodi_layer import MelodiLayer
 from em_megatron.model.memory_attention import MemoryAttention
 from em_megatron.model.memory_cache import MemoryCache
 from em_megatron.model.sizes import shape_of
@@ -28,16 +31,17 @@ def transformer_config(config: RunConfig) -> ElasticTransformerConfig:
     on_gpu = torch.cuda.is_available()
     interleaved = model_chunks(config) if model_chunks(config) > 1 else None
     dtype = PRECISIONS[training.precision]
+    parts = sub_layers(config)
     recomputation: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": parts},
     }
     return ElasticTransformerConfig(
         memory=config.memory,
         memory_handoff=handoff_kind(config),
         rotary_base=config.model.rotary_base,
-        num_layers=2 * shape.num_layers,
+        num_layers=parts * shape.num_layers,
         is_hybrid_model=True,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -81,6 +85,19 @@ def model_chunks(config: RunConfig) -> int:
     return config.parallel.virtual_pipeline_model_parallel_size
 
 
+def sub_layers(config: RunConfig) -> int:
+    """What Megatron counts as layers in one Transformer layer: attention and MLP, or both at once."""
+    return 1 if kind_of(config.memory).whole_layers else 2
+
+
+def positions_per_sample(config: RunConfig) -> int:
+    """Hidden states of a sample between layers: its tokens, and Melodi's summary tokens of every window."""
+    tokens, memory = config.data.sequence_length, config.memory
+    if memory.kind != "melodi":
+        return tokens
+    return tokens + tokens // memory.block_length * memory.short_term_tokens
+
+
 def handoff_kind(config: RunConfig) -> str:
     """How states pass between context-parallel ranks."""
     if config.parallel.memory_handoff != "auto":
@@ -96,10 +113,11 @@ def layer_state_bytes(config: RunConfig) -> int:
 
 
 def hybrid_pattern(config: RunConfig) -> str:
-    """Megatron's layer pattern: attention `*` and MLP `-` alternate, `|` between pipeline stages and their chunks."""
+    """Megatron's layer pattern: attention `*` and MLP `-` alternate, `|` between pipeline stages and their chunks; a kind
+    with whole layers has `*` only."""
     stages = config.parallel.pipeline_model_parallel_size * model_chunks(config)
     layers = shape_of(config.model).num_layers
-    return "|".join(["*-" * (layers // stages)] * stages)
+    return "|".join(["*-"[: sub_layers(config)] * (layers // stages)] * stages)
 
 
 def build_model(
@@ -122,10 +140,10 @@ def build_model(
     Returns:
         HybridModel in fp32, or wrapped to compute in bf16.
     """
-    megatron_config = transformer_config(config)
+    megatron_config, whole = transformer_config(config), kind_of(config.memory).whole_layers
     model = HybridModel(
         config=megatron_config,
-        hybrid_stack_spec=elastic_stack_spec(megatron_config),
+        hybrid_stack_spec=melodi_stack_spec() if whole else elastic_stack_spec(megatron_config),
         vocab_size=vocab_size,
         max_sequence_length=config.data.sequence_length,
         hybrid_layer_pattern=hybrid_pattern(config),
@@ -159,8 +177,11 @@ def attach_carried_memory(model_chunks: list[torch.nn.Module]) -> CarriedMemory:
     return carried
 
 
-def memory_cache(model: torch.nn.Module, batch_size: int) -> MemoryCache:
+def memory_cache(model: torch.nn.Module, batch_size: int) -> MemoryCache | MelodiCache:
     """An empty cache for generation with `model`."""
+    whole = [module for module in model.modules() if isinstance(module, MelodiLayer)]
+    if whole:
+        return MelodiCache([layer.layer_number for layer in whole], whole[0].inner.memory.block_length)
     attentions = [module for module in model.modules() if isinstance(module, MemoryAttention)]
     parameter = next(model.parameters())
     return MemoryCache(attentions, batch_size, parameter.dtype, parameter.device)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from em_megatron.model.elastic_attention import ElasticTransformerConfig, TrapezoidCore
 from em_megatron.model.kind_core import KindCore
+from em_megatron.model.melodi_layer import MelodiLayer
+from em_megatron.model.melodi_stack import MelodiStack
 from em_megatron.model.memory_attention import MemoryAttention
 from em_megatron.model.norm import RMSNorm
 
@@ -35,6 +37,13 @@ class ElasticStack(HybridStack):
         """[T, b, hidden] → [T, b, hidden], normed on the last stage."""
         hidden = super().forward(*args, **kwargs)
         return self.final_norm(hidden) if self.post_process else hidden
+
+
+def melodi_stack_spec() -> ModuleSpec:
+    """Whole layers `*`: attention, MLP and token mixers in one."""
+    return ModuleSpec(
+        module=MelodiStack, submodules=HybridStackSubmodules(attention_layer=ModuleSpec(module=MelodiLayer))
+    )
 
 
 def elastic_stack_spec(config: ElasticTransformerConfig) -> ModuleSpec:

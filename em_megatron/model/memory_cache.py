@@ -131,6 +131,11 @@ class MemoryCache(BaseInferenceContext):
         other.layers = {number: layer.copy() for number, layer in self.layers.items()}
         return other
 
+    @property
+    def room(self) -> int:
+        """Tokens that still fit the current block."""
+        return next(iter(self.layers.values())).room
+
     def is_static_batching(self) -> bool:
         return False
 

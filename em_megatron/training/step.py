@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from em_megatron.config import RunConfig
+from em_megatron.model.language_model import positions_per_sample
 from em_megatron.parallel.process_groups import Layout
 from em_megatron.training.bad_batches import BadBatches
 from em_megatron.training.loss import loss_function, sum_over_world, token_loss_function
@@ -79,7 +80,7 @@ def run_schedule(
         data_iterator=list(data) if len(model) > 1 else data[0],
         model=model,
         num_microbatches=num_microbatches,
-        seq_length=config.data.sequence_length,
+        seq_length=positions_per_sample(config),
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )

@@ -89,7 +89,9 @@ def test_transformer_xl_knows_the_key_within_its_reach_only(near_key_corpus, tmp
     assert far > 0.9 * CHANCE
 
 
-@pytest.mark.parametrize("kind", [*EXACT, *(pytest.param(kind, marks=pytest.mark.slow) for kind in REACHING if kind not in EXACT)])
+@pytest.mark.parametrize(
+    "kind", [*EXACT, *(pytest.param(kind, marks=pytest.mark.slow) for kind in REACHING if kind not in EXACT)]
+)
 def test_exact_recall(copy_corpus, tmp_path, kind):
     """Twelve random symbols, each asked for once, more than two blocks later."""
     symbols = range(FIRST_SYMBOL, FIRST_SYMBOL + PLACES * SYMBOLS)

@@ -37,8 +37,8 @@ def memorizing_attention(
     for reader, turned in zip(readers(layout), queries.split(1), strict=True):
         last = (before + reader.block) * layout.block_length
         first = last - min(reader.history * layout.block_length, reading.memory.pairs)
-        pairs = (x[first:last, reader.row].transpose(0, 1)[None] for x in (keys, values))
-        found.append(_read(turned, *pairs, reading.memory.top_k))
+        kept = [x[first:last, reader.row].transpose(0, 1)[None] for x in (keys, values)]
+        found.append(_read(turned, kept[0], kept[1], reading.memory.top_k))
     return gated(put(torch.cat(found), layout), local, weights["gate"], layout)
 
 

@@ -64,11 +64,11 @@ def pick(x: Tensor, layout: BlockLayout) -> Tensor:
     return by_block[blocks, :, rows].transpose(1, 2)
 
 
-def put(found: Tensor, layout: BlockLayout, num_blocks: int | None = None) -> Tensor:
+def put(found: Tensor, layout: BlockLayout) -> Tensor:
     """[n, h, L, d] of the readers → [T, b, h, d], zeros elsewhere."""
-    count, heads, length, dim = found.shape
+    heads, length, dim = found.shape[1:]
     blocks, rows = _indices(layout, found.device)
-    out = found.new_zeros(num_blocks or layout.num_blocks, layout.batch_size, length, heads, dim)
+    out = found.new_zeros(layout.num_blocks, layout.batch_size, length, heads, dim)
     return out.index_put((blocks, rows), found.transpose(1, 2)).transpose(1, 2).flatten(0, 1)
 
 
