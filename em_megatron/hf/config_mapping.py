@@ -34,12 +34,18 @@ MEMORY = {
     "sampler_hi": "memory_sampler_hi",
     "sampler_points": "memory_points",
     "discretization": "memory_discretization",
+    "pairs": "memory_pairs",
+    "top_k": "memory_top_k",
+    "update": "memory_update",
+    "short_term_tokens": "memory_short_term_tokens",
+    "long_term_tokens": "memory_long_term_tokens",
+    "long_term_increment": "memory_long_term_increment",
 }
 NOT_IN_HUGGING_FACE = (
     "size",
     "hidden_dropout",
     "make_vocab_size_divisible_by",
-    "kind",
+    "kind",  # block_local is elastic without layers
     "layers",  # written as a list
     "detach_memory",
     "carry_memory",
@@ -59,6 +65,7 @@ def hugging_face_config(config: RunConfig, vocabulary: Vocabulary) -> ElasticMem
     return ElasticMemoryConfig(
         vocab_size=padded_vocab_size(vocabulary.size, config.model.make_vocab_size_divisible_by),
         training_length=config.data.sequence_length,
+        memory_kind="elastic" if config.memory.kind == "block_local" else config.memory.kind,
         memory_layers=memory_layers(config.memory, shape_of(config.model).num_layers),
         bos_token_id=vocabulary.bos_id,
         eos_token_id=vocabulary.eos_id,
@@ -79,5 +86,9 @@ def take_memory(memory: MemoryConfig, fields: dict[str, Any]) -> None:
     for ours, theirs in MEMORY.items():
         setattr(memory, ours, fields[theirs])
     layers, everywhere = list(fields["memory_layers"]), list(range(fields["num_hidden_layers"]))
-    memory.kind = "elastic" if layers else "block_local"
-    memory.layers = "all" if layers in ([], everywhere) else ",".join(map(str, layers))
+    kind = fields["memory_kind"]
+    memory.kind = "block_local" if kind == "elastic" and not layers else kind
+    if layers:
+        memory.layers = "all" if layers == everywhere else ",".join(map(str, layers))
+    else:
+        memory.layers = "all" if memory.kind == "block_local" else "none"

@@ -9,11 +9,13 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 SAMPLERS = ("uniform", "exponential", "window", "points")
+KINDS = ("elastic", "full", "transformer_xl", "subsample", "infini", "memorizing", "melodi")
 DISCRETIZATIONS = ("exact", "zero_order_hold", "bilinear", "forward_euler", "backward_euler")
 
 
 class ElasticMemoryConfig(PretrainedConfig):
-    """A Transformer whose attention reads a fixed-size memory of all tokens before the current block.
+    """A Transformer whose attention reads a memory of the tokens before the current block: Elastic Memory, of fixed size,
+    or one of the systems it is measured against.
 
     Args:
         vocab_size: rows of the embedding; the tokenizer may use fewer.
@@ -24,7 +26,9 @@ class ElasticMemoryConfig(PretrainedConfig):
         training_length: tokens per sample in training.
         max_position_embeddings: for tools that ask; the model has no maximum.
         block_length: tokens per block, L.
-        memory_layers: layers (from 0) that have a memory; None: all.
+        memory_kind: elastic; full (causal attention), transformer_xl (the block before), subsample (raw tokens at the
+            moments), infini, memorizing, melodi.
+        memory_layers: layers (from 0) that have a memory (melodi: a long-term one); None: all.
         memory_order: polynomial coefficients kept per head and channel, N.
         memory_slots: moments read back per block, S.
         memory_sampler: which moments: uniform, exponential (dense near the present), window, points.
@@ -32,6 +36,11 @@ class ElasticMemoryConfig(PretrainedConfig):
         memory_sampler_lo, memory_sampler_hi: ends of `window` in the history, 0 ≤ lo < hi ≤ 1.
         memory_points: the moments of `points`, ascending in (0, 1).
         memory_discretization: how the signal is held between tokens.
+        memory_pairs: memorizing: pairs of key and value kept.
+        memory_top_k: memorizing: best pairs that a query reads, 0: all.
+        memory_update: infini: linear or delta.
+        memory_short_term_tokens: melodi: short-term tokens per layer, and summary tokens per block.
+        memory_long_term_tokens, memory_long_term_increment: melodi: long-term tokens kept, and new per block.
 
     Raises:
         ValueError: values that cannot be, in one sentence.
@@ -66,6 +75,13 @@ class ElasticMemoryConfig(PretrainedConfig):
         memory_sampler_hi: float = 1.0,
         memory_points: Sequence[float] = (),
         memory_discretization: str = "exact",
+        memory_kind: str = "elastic",
+        memory_pairs: int = 8192,
+        memory_top_k: int = 32,
+        memory_update: str = "linear",
+        memory_short_term_tokens: int = 64,
+        memory_long_term_tokens: int = 4096,
+        memory_long_term_increment: int = 32,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -81,14 +97,22 @@ class ElasticMemoryConfig(PretrainedConfig):
         self.memory_order, self.memory_slots, self.memory_sampler = memory_order, memory_slots, memory_sampler
         self.memory_sampler_a, self.memory_points = memory_sampler_a, list(memory_points)
         self.memory_sampler_lo, self.memory_sampler_hi = memory_sampler_lo, memory_sampler_hi
-        self.memory_discretization = memory_discretization
+        self.memory_discretization, self.memory_kind = memory_discretization, memory_kind
+        self.memory_pairs, self.memory_top_k, self.memory_update = memory_pairs, memory_top_k, memory_update
+        self.memory_short_term_tokens = memory_short_term_tokens
+        self.memory_long_term_tokens = memory_long_term_tokens
+        self.memory_long_term_increment = memory_long_term_increment
         self.check()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def check(self) -> None:
         """Raises ValueError for what cannot be."""
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "num_key_value_heads", "head_dim", "block_length", "memory_order", "memory_slots"):
+        sizes: tuple[str, ...] = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        )  # fmt: skip
+        kept = ("pairs", "short_term_tokens", "long_term_tokens", "long_term_increment", "order", "slots")
+        sizes = (*sizes, "num_key_value_heads", "head_dim", "block_length", *(f"memory_{name}" for name in kept))
+        for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value}: it must be a whole number of at least 1")
@@ -104,6 +128,17 @@ class ElasticMemoryConfig(PretrainedConfig):
         if self.memory_discretization not in DISCRETIZATIONS:
             raise ValueError(
                 f"memory_discretization '{self.memory_discretization}' is unknown: {', '.join(DISCRETIZATIONS)}"
+            )
+        if self.memory_kind not in KINDS:
+            raise ValueError(f"memory_kind '{self.memory_kind}' is unknown: choose one of {', '.join(KINDS)}")
+        if self.memory_update not in ("linear", "delta"):
+            raise ValueError(f"memory_update '{self.memory_update}' is unknown: choose linear or delta")
+        if not isinstance(self.memory_top_k, int) or self.memory_top_k < 0:
+            raise ValueError(f"memory_top_k is {self.memory_top_k}: it must be a whole number of at least 0")
+        if self.memory_long_term_tokens % self.memory_long_term_increment:
+            raise ValueError(
+                f"memory_long_term_tokens {self.memory_long_term_tokens} is not a multiple of "
+                f"memory_long_term_increment {self.memory_long_term_increment}"
             )
         self._check_sampler()
 

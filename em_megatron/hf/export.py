@@ -1,6 +1,6 @@
 """A distributed checkpoint of any layout → a Hugging Face folder that carries its own code.
 
-    checkpoint/  ──table──▶  safetensors + config.json + 4 Python files + tokenizer + model card  ──▶ compared with Megatron
+    checkpoint/  ──table──▶  safetensors + config.json + 6 Python files + tokenizer + model card  ──▶ compared with Megatron
 
 Weights are read on the CPU, tensor by tensor, without the world that trained them.
 """
@@ -30,7 +30,7 @@ from em_megatron.model.sizes import padded_vocab_size, shape_of
 from em_megatron.training.restore import saved_config
 
 RECIPE_NAME = "training_recipe.yaml"
-CODE = ("configuration", "hippo", "cache", "modeling")
+CODE = ("configuration", "hippo", "kinds", "melodi", "cache", "modeling")
 AUTO_MAP = {
     "AutoConfig": "configuration_elastic_memory.ElasticMemoryConfig",
     "AutoModel": "modeling_elastic_memory.ElasticMemoryModel",
@@ -76,7 +76,8 @@ def open_checkpoint(path: Path, overrides: Sequence[str], dtype: str = "stored")
         raise CheckpointError(f"{checkpoint} cannot be exported: {reason}")
     config = saved_config(checkpoint, overrides)
     vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_NAME)
-    rows = table(config.model, padded_vocab_size(vocabulary.size, config.model.make_vocab_size_divisible_by))
+    vocab_size = padded_vocab_size(vocabulary.size, config.model.make_vocab_size_divisible_by)
+    rows = table(config.model, vocab_size, config.memory)
     weights = {key: found for key, found in stored_tensors(checkpoint).items() if not key.startswith(_NOT_WEIGHTS)}
     expected, found = {row.megatron: row.shape for row in rows}, {key: tensor.shape for key, tensor in weights.items()}
     check_complete(expected, found, str(checkpoint))

@@ -10,6 +10,7 @@ block, d head dimension, L block length, m tokens kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -218,13 +219,21 @@ def sampled_tokens(points: Sequence[float], history: int) -> Tensor:
 
 def rotated(x: Tensor, first: int, base: float) -> Tensor:
     """Turns the pairs (x_i, x_{i+d/2}) of x [..., n, d], which stand at positions first … first + n − 1."""
-    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    with torch.no_grad():
-        frequency = base ** (-torch.arange(0, x.shape[-1], 2, **exact) / x.shape[-1])
-        angle = torch.arange(first, first + x.shape[-2], **exact)[:, None] * frequency
-        cos, sin = angle.cos().to(x.device, x.dtype), angle.sin().to(x.device, x.dtype)
+    stop = first + x.shape[-2]
+    tables = _tables(1 << max(0, stop - 1).bit_length(), x.shape[-1], base, x.dtype, x.device)
+    cos, sin = (table[first:stop] for table in tables)
     one, two = x.chunk(2, -1)
     return torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
+
+
+@lru_cache(maxsize=16)
+def _tables(length: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · base^(−2i/d), each [length, d/2], fit for training whatever the mode of the caller."""
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    with torch.inference_mode(False), torch.no_grad():
+        frequency = base ** (-torch.arange(0, dim, 2, **exact) / dim)
+        angle = torch.arange(length, **exact)[:, None] * frequency
+        return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
 def grouped_scores(query: Tensor, keys: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from em_megatron.config import ModelConfig
-from em_megatron.model.sizes import Shape, shape_of
+from em_megatron.config import MemoryConfig, ModelConfig
+from em_megatron.hf.kinds_elastic_memory import PARAMETERS
+from em_megatron.kinds import kind_of
+from em_megatron.model.sizes import Shape, memory_layers, shape_of
 
 
 class ConversionError(RuntimeError):
@@ -41,22 +43,24 @@ class Row:
     layout: Literal["alone", "qkv", "gated"] = "alone"
 
 
-def table(model: ModelConfig, vocab_size: int) -> list[Row]:
-    """The rows of a model; `vocab_size` is the padded one."""
+def table(model: ModelConfig, vocab_size: int, memory: MemoryConfig | None = None) -> list[Row]:
+    """The rows of a model; `vocab_size` is the padded one. Without `memory` those of the Transformer alone."""
     shape, hidden = shape_of(model), shape_of(model).hidden_size
     rows = [_row("embedding.word_embeddings.weight", "model.embed_tokens.weight", (vocab_size, hidden), 0)]
+    whole = memory is not None and kind_of(memory).whole_layers
     query, key = shape.num_attention_heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels
     for layer in range(shape.num_layers):
         attention, mlp = f"decoder.layers.{2 * layer}", f"decoder.layers.{2 * layer + 1}"  # sub-layers alternate
+        if whole:
+            attention = mlp = f"decoder.layers.{layer}"
+        linear = attention if whole else f"{attention}.self_attention"
         there = f"model.layers.{layer}"
         qkv = tuple(f"{there}.self_attn.{name}_proj.weight" for name in "qkv")
         gated = tuple(f"{there}.mlp.{name}_proj.weight" for name in ("gate", "up"))
         rows += [
             _row(f"{attention}.input_layernorm.weight", f"{there}.input_layernorm.weight", (hidden,), None),
-            Row(f"{attention}.self_attention.linear_qkv.weight", qkv, (query + 2 * key, hidden), 0, "qkv"),
-            _row(
-                f"{attention}.self_attention.linear_proj.weight", f"{there}.self_attn.o_proj.weight", (hidden, query), 1
-            ),
+            Row(f"{linear}.linear_qkv.weight", qkv, (query + 2 * key, hidden), 0, "qkv"),
+            _row(f"{linear}.linear_proj.weight", f"{there}.self_attn.o_proj.weight", (hidden, query), 1),
             _row(f"{mlp}.pre_mlp_layernorm.weight", f"{there}.post_attention_layernorm.weight", (hidden,), None),
             Row(f"{mlp}.mlp.linear_fc1.weight", gated, (2 * shape.ffn_hidden_size, hidden), 0, "gated"),
             _row(f"{mlp}.mlp.linear_fc2.weight", f"{there}.mlp.down_proj.weight", (hidden, shape.ffn_hidden_size), 1),
@@ -64,17 +68,44 @@ def table(model: ModelConfig, vocab_size: int) -> list[Row]:
         if model.qk_layernorm:
             rows += [
                 _row(
-                    f"{attention}.self_attention.{name}_layernorm.weight",
+                    f"{linear}.{name}_layernorm.weight",
                     f"{there}.self_attn.{name}_norm.weight",
                     (shape.kv_channels,),
                     None,
                 )
                 for name in "qk"
             ]
+    if memory is not None:
+        rows += _kind_rows(memory, shape)
     rows.append(_row("decoder.final_norm.weight", "model.norm.weight", (hidden,), None))
     if not model.share_embeddings_and_output_weights:
         rows.append(_row("output_layer.weight", "lm_head.weight", (vocab_size, hidden), 0))
     return rows
+
+
+def _kind_rows(memory: MemoryConfig, shape: Shape) -> Iterator[Row]:
+    """The memory kind's own parameters."""
+    layers = memory_layers(memory, shape.num_layers)
+    for layer in layers:
+        for name in PARAMETERS.get(memory.kind, ()):
+            here, there = f"decoder.layers.{2 * layer}.self_attention.core_attention", f"model.layers.{layer}.self_attn"
+            yield _row(f"{here}.{name}", f"{there}.{name}", (shape.num_attention_heads,), 0)
+    if memory.kind != "melodi":
+        return
+    tokens, width = memory.short_term_tokens, memory.block_length + memory.short_term_tokens
+    yield _row("decoder.summary_tokens.weight", "model.summary_tokens", (tokens, shape.hidden_size), None)
+    for layer in range(shape.num_layers):
+        here, there = f"decoder.layers.{layer}", f"model.layers.{layer}"
+        yield _row(f"{here}.mixer_norm.weight", f"{there}.mixer_norm.weight", (shape.hidden_size,), None)
+        mixers = {"short_mixer": tokens}
+        mixers |= {"summary_mixer": tokens} if layer + 1 < shape.num_layers else {}
+        mixers |= {"long_mixer": memory.long_term_increment} if layer in layers else {}
+        for name, count in mixers.items():
+            yield _row(f"{here}.{name}.weight", f"{there}.{name}.weight", (count, width), None)
+            yield _row(f"{here}.{name}.bias", f"{there}.{name}.bias", (count,), None)
+        if layer in layers:
+            gate = (shape.num_attention_heads * shape.kv_channels,)
+            yield _row(f"{here}.long_gate.weight", f"{there}.long_gate", gate, 0)
 
 
 def _row(megatron: str, hugging_face: str, shape: tuple[int, ...], split: int | None) -> Row:

@@ -118,7 +118,7 @@ def key_corpus(folder: Path, model: Path, asked: tuple[int, int] = FAR) -> Path:
     return write_ids(folder, model, {"train": documents[:-64], "validation": documents[-64:]})
 
 
-# The copy task: a place of the first block is named two blocks and more later, and its symbol has to follow.
+# The copy task: a place of the first block is named in the two blocks after it, and its symbol has to follow.
 PLACES, SYMBOLS, FIRST_SYMBOL, FIRST_PLACE = 12, 4, 100, 60
 
 
@@ -130,7 +130,7 @@ def copy_document(seed: int) -> list[int]:
     order = sorted(range(PLACES), key=lambda place: words[PLACES + place])
     ids = [BOS, *symbols]
     ids += [FILLER[at % len(FILLER)] for at in range(len(ids), BLOCK * BLOCKS)]
-    for block, places in ((3, order[: PLACES // 2]), (4, order[PLACES // 2 :])):
+    for block, places in ((1, order[: PLACES // 2]), (2, order[PLACES // 2 :])):
         asked = [token for place in places for token in (FIRST_PLACE + place, symbols[place])]
         ids[block * BLOCK + 2 : block * BLOCK + 2 + len(asked)] = asked
     return [*ids, EOS]
