@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,11 @@ class LayerMemory:
         own = zip(OWN, (x[:, :, : self.filled] for x in self.own), strict=True) if self.filled else ()
         return dict(own) | ({} if self.state is None else {"state": self.state})
 
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `tensors` gave."""
+        self.own = tuple(tensors[name] for name in OWN) if self.filled else ()
+        self.state = tensors.get("state")
+
     def select(self, rows: Tensor) -> LayerMemory:
         """A copy with these of its rows."""
         chosen = copy.copy(self)
@@ -125,12 +130,55 @@ class LayerMemory:
         return sum(x.numel() * x.element_size() for x in (*self.own, self.state, self.slots) if x is not None)
 
 
+class KeptMemory:
+    """What one layer of another kind keeps for rows that stand at the same place, by name, rows first.
+
+    A layer works on a shallow copy and hands that on; tensors are replaced, never changed.
+    """
+
+    def __init__(self, block_length: int) -> None:
+        self.block_length = block_length
+        self.tokens = 0  # read so far
+        self.kept: dict[str, Tensor] = {}
+
+    @property
+    def filled(self) -> int:
+        """Tokens in the block at hand."""
+        return self.tokens % self.block_length
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that decides what comes next."""
+        return dict(self.kept)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `tensors` gave."""
+        self.kept = tensors
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> KeptMemory:
+        other = copy.copy(self)
+        other.kept = {name: change(x) for name, x in self.kept.items()}
+        return other
+
+    def select(self, rows: Tensor) -> KeptMemory:
+        """A copy with these of its rows."""
+        return self._with(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def detached(self) -> KeptMemory:
+        """The same content, cut from the gradient."""
+        return self._with(Tensor.detach)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held; those of `full` and `subsample` grow with the text."""
+        return sum(x.numel() * x.element_size() for x in self.kept.values())
+
+
 @dataclasses.dataclass
 class RowGroup:
     """Rows of the batch that have read equally many tokens, and what each layer keeps for them."""
 
     rows: list[int]
-    layers: list[LayerMemory]
+    layers: list[Any]  # LayerMemory, or KeptMemory of the other kinds
 
     def select(self, positions: Sequence[int], rows: list[int]) -> RowGroup:
         """Those at `positions`, copied, as rows `rows` of a batch."""
@@ -166,7 +214,7 @@ class _LayerView(CacheLayerMixin):
 
 
 class ElasticMemoryCache(Cache):
-    """The memory of a batch between calls: constant in the length of what was read.
+    """The memory of a batch between calls: constant in the length of what was read, but for the kinds full and subsample.
 
     Rows that were padded differently stand at different places; they are kept, and computed, in groups.
     """
@@ -174,14 +222,16 @@ class ElasticMemoryCache(Cache):
     def __init__(self, config: ElasticMemoryConfig) -> None:
         super().__init__(layers=[_LayerView(self) for _ in range(config.num_hidden_layers)])
         self.block_length, self.memory_layers = config.block_length, tuple(config.memory_layers)
+        self.is_elastic = config.memory_kind == "elastic"
         self.columns = 0  # of input_ids read, padding included, since `fold`
         self.groups: list[RowGroup] = []
 
     def new_group(self, rows: list[int]) -> RowGroup:
         """Rows that have read nothing yet."""
-        return RowGroup(
-            rows, [LayerMemory(self.block_length, i in self.memory_layers) for i in range(len(self.layers))]
-        )
+        if self.is_elastic:
+            layers = [LayerMemory(self.block_length, i in self.memory_layers) for i in range(len(self.layers))]
+            return RowGroup(rows, layers)
+        return RowGroup(rows, [KeptMemory(self.block_length) for _ in self.layers])
 
     @property
     def tokens_read(self) -> list[int]:
@@ -300,8 +350,7 @@ class ElasticMemoryCache(Cache):
             group = cache.new_group(tensors[f"{g}.rows"].tolist())
             for i, layer in enumerate(group.layers):
                 layer.tokens, prefix = int(facts[f"{g}.tokens"]), f"{g}.{i}."
-                layer.own = tuple(tensors[prefix + name] for name in OWN) if layer.filled else ()
-                layer.state = tensors.get(prefix + "state")
+                layer.restore({k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)})
             cache.groups.append(group)
         return cache
 

@@ -25,6 +25,8 @@ READER_KEYS = {
     "sampler_a": float,
     "sampler_lo": float,
     "sampler_hi": float,
+    "pairs": int,
+    "top_k": int,
     "sampler_points": lambda text: [float(point) for point in text.strip("[]").split(",")],
 }
 
@@ -107,9 +109,12 @@ class TransformersText:
 
     def _check_order(self) -> None:
         """Raises ValueError for a memory that was read at a lower order than the model is to have now."""
+        reader = self.model.model.reader()
+        if reader is None:
+            return
         for group in self.cache.groups:
             for layer in group.layers:
-                layer.memory(self.model.model.reader())
+                layer.memory(reader)
 
     def read(self, text: str) -> None:
         ids = [*self.waiting, *self.vocabulary.encode(text)]

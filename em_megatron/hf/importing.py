@@ -268,7 +268,11 @@ def import_folder(folder: HubFolder, config: RunConfig, out: Path, world_size: i
 def _check(folder: HubFolder, config: RunConfig, rows: int) -> None:
     """Names and shapes of the weights against the table."""
     shape = shape_of(config.model)
-    expected = {name: size for row in table(config.model, rows, config.memory) for name, size in shapes_there(row, shape).items()}
+    expected = {
+        name: size
+        for row in table(config.model, rows, config.memory)
+        for name, size in shapes_there(row, shape).items()
+    }
     found = {name: size for name, size in folder.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.model.share_embeddings_and_output_weights and "lm_head.weight" in found:
         same = torch.equal(*(_tensor(folder, name) for name in ("lm_head.weight", "model.embed_tokens.weight")))

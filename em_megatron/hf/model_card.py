@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from em_megatron.config import MemoryConfig
 from em_megatron.hf.export import Source
 from em_megatron.hf.verification import TOLERANCE, Comparison
+from em_megatron.kinds import kind_of
 from em_megatron.model.sizes import memory_floats_per_sequence, memory_layers, num_parameters, shape_of
 from em_megatron.training.restore import reader_of
 
@@ -32,16 +34,13 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0], skip_special_tokens=True))
 
-# Read a long document once, in constant memory, and go on from there as often as you like.
+# Read a long document once, block by block, and go on from there as often as you like.
 memory = model.read(tokenizer(open("document.txt").read(), return_tensors="pt").input_ids)
 question = tokenizer("What", return_tensors="pt", add_special_tokens=False).input_ids
 print(tokenizer.decode(model.generate_from(memory, question, max_new_tokens=20)[0]))
 memory.save("document.safetensors", model)
 memory = model.load_memory("document.safetensors")  # another day
-
-# The memory has no weights: its reader may be exchanged, and its order cut.
-model.set_memory(order={order}, slots={slots}, sampler="uniform")
-```
+{exchange}```
 
 The code in this folder needs torch and transformers (5 or newer). Pad batches on the left; rows of different length are
 computed apart. After adding tokens call `model.resize_token_embeddings(len(tokenizer))`: rows without a token are never
@@ -61,23 +60,65 @@ def model_card(source: Source, compared: Comparison) -> str:
          f"{shape.hidden_size}, {shape.num_attention_heads}, {shape.num_query_groups}, {shape.kv_channels}"),
         ("block length", f"{memory.block_length} tokens"),
         ("memory", reader_of(memory)),
-        ("memory floats per sequence", f"{memory_floats_per_sequence(model, memory, source.config.data.sequence_length):,}, whatever its length"),
+        ("memory floats per sequence", _floats(source)),
         ("vocabulary", f"{source.vocabulary.size:,} (rows of the embedding: {source.rows[0].shape[0]:,})"),
         ("weights", str(source.dtype).removeprefix("torch.")),
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
     return (
         f"{_HEADER}# {source.config.name}\n\n"
-        "A language model with Elastic Memory: each block of tokens attends to itself and to a fixed number of moments "
-        "read back from a HiPPO-LegS\nsummary of everything before it, so that memory does not grow with the context. "
-        "Trained with em-megatron, a reimplementation of arXiv 2602.11212\nfrom its public description, not the "
-        "authors' code.\n\n"
+        f"{_what(memory.kind)} Trained with em-megatron, a reimplementation of arXiv 2602.11212\nfrom its public "
+        "description, not the authors' code.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        f"{_USE.format(order=max(1, memory.order // 2), slots=memory.slots)}\n"
+        f"{_USE.format(exchange=_exchange(memory))}\n"
         f"## Measured\n\n{_measured(source, compared)}\n\n"
         f"## Training\n\nStep {source.step:,} of {source.config.training.train_steps:,}.{_last_loss(source)} The recipe, as it was:\n\n"
         f"```yaml\n{(source.checkpoint / 'config.yaml').read_text()}```\n"
     )
+
+
+_KINDS = {
+    "elastic": "A language model with Elastic Memory: each block of tokens attends to itself and to a fixed number of "
+    "moments read back from a HiPPO-LegS\nsummary of everything before it, so that memory does not grow with the context.",
+    "block_local": "A language model whose blocks of tokens attend to themselves alone: it has no memory.",
+    "full": "A language model with causal attention over all of the text; what it keeps grows with it.",
+    "transformer_xl": "A language model whose blocks of tokens attend to themselves and to the block before "
+    "(Transformer-XL, arXiv 1901.02860).",
+    "subsample": "A language model whose blocks of tokens attend to themselves and to raw tokens sampled from everything "
+    "before; what it keeps\ngrows with the text.",
+    "infini": "A language model with Infini-attention (arXiv 2404.07143), written anew: each block of tokens reads a "
+    "matrix of associations of\neverything before it.",
+    "memorizing": "A Memorizing Transformer (arXiv 2203.08913), written anew: each block of tokens reads the last keys and "
+    "values before it.",
+    "melodi": "A language model with the memory of Melodi (arXiv 2410.03156), written anew: short-term tokens in every "
+    "layer, long-term tokens in one.",
+}
+
+
+def _what(kind: str) -> str:
+    """One sentence of what the model is."""
+    return _KINDS[kind]
+
+
+def _exchange(memory: MemoryConfig) -> str:
+    """What of the memory may be changed after training, as code."""
+    if memory.kind == "elastic":
+        order = max(1, memory.order // 2)
+        call = f'order={order}, slots={memory.slots}, sampler="uniform"'
+        return f"\n# The memory has no weights: its reader may be exchanged, and its order cut.\nmodel.set_memory({call})\n"
+    if memory.kind == "subsample":
+        return f'\n# The sampler may be exchanged.\nmodel.set_memory(slots={memory.slots}, sampler="uniform")\n'
+    if memory.kind == "memorizing":
+        return (
+            f"\n# Pairs kept and read may be changed.\nmodel.set_memory(pairs={memory.pairs}, top_k={memory.top_k})\n"
+        )
+    return ""
+
+
+def _floats(source: Source) -> str:
+    memory, length = source.config.memory, source.config.data.sequence_length
+    found = f"{memory_floats_per_sequence(source.config.model, memory, length):,}"
+    return f"{found} at {length:,} tokens" if kind_of(memory).grows(memory) else f"{found}, whatever its length"
 
 
 def _measured(source: Source, compared: Comparison) -> str:

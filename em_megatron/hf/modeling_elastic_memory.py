@@ -1,6 +1,7 @@
-"""Elastic Memory for `transformers`: a Transformer that reads texts of any length in constant memory.
+"""Elastic Memory for `transformers`: a Transformer that reads texts of any length in constant memory; and, by
+`memory_kind`, the systems it is measured against.
 
-This file and the three it imports travel with the weights; they need torch and transformers alone. After arXiv
+This file and the five it imports travel with the weights; they need torch and transformers alone. After arXiv
 2602.11212, written anew from its public description.
 
 Legend: g rows of the batch that stand at the same place, h key/value heads, r query heads per key/value head, n tokens
@@ -26,13 +27,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .cache_elastic_memory import ElasticMemoryCache, LayerMemory, RowGroup, real_tokens, refuse_packing
+from .cache_elastic_memory import ElasticMemoryCache, KeptMemory, LayerMemory, RowGroup, real_tokens, refuse_packing
 from .configuration_elastic_memory import ElasticMemoryConfig
-from .hippo_elastic_memory import HOST, MemoryReader, made_once, memory_reader
+from .hippo_elastic_memory import HOST, MemoryReader, made_once, memory_reader, sampler_points
+from .kinds_elastic_memory import PARAMETERS, STEPS, Steps
+from .melodi_elastic_memory import WindowMemory, mix_tokens, window_attention
 
 # `past_key_values` is called `cache` since transformers 5.24.
 CACHE = "cache" if "cache" in {x.name for x in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 QUERIES_AT_ONCE = 512  # bounds the scores held in memory
+# Which kinds have what may change after training; what is not named belongs to those with a sampler.
+READERS = {"memory_order": ("elastic",), "memory_pairs": ("memorizing",), "memory_top_k": ("memorizing",)}
 
 
 @lru_cache(maxsize=8)
@@ -60,9 +65,7 @@ class ElasticMemoryAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: LayerMemory, reader: MemoryReader, cos: Tensor, sin: Tensor) -> Tensor:
         """x [g, n, hidden], n tokens within one block, cos and sin [n, d/2] of their places in it; moves `memory` on."""
-        query = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        key = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        value = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query, key, value = self.project(x)
         slots = memory.memory(reader)
         rotated, _, values = memory.take((rotate(key, cos, sin), key, value))
         pair = torch.stack([rotate(query, cos, sin), query]).unflatten(2, (self.kv_heads, -1))  # [2, g, h, r, n, d]
@@ -74,6 +77,12 @@ class ElasticMemoryAttention(nn.Module):
         if memory.filled == 0:
             memory.close(reader)
         return self.o_proj(torch.cat(out, -2).flatten(1, 2).transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[g, n, hidden] → query [g, hq, n, d], key and value [g, h, n, d], unrotated."""
+        query = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        key = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        return query, key, self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _attend(self, pair: Tensor, keys: Tensor, values: Tensor, slots: Tensor | None, past: int) -> Tensor:
         """Queries rotated and plain [2, g, h, r, m, d], the first at position `past`: [g, h, r, m, d]."""
@@ -89,6 +98,38 @@ class ElasticMemoryAttention(nn.Module):
         shares = torch.softmax(scores * self.head_dim**-0.5, -1, dtype=exact).to(values.dtype)
         out = shares[..., count:] @ values[:, :, None, :last]
         return out if slots is None else out + shares[..., :count] @ slot_values
+
+
+class KindAttention(ElasticMemoryAttention):
+    """Attention of another memory kind, which may have a number per query head of its own: `gate`, `scale`."""
+
+    def __init__(self, config: ElasticMemoryConfig, layer: int) -> None:
+        super().__init__(config)
+        self.config, self.has_memory = config, layer in config.memory_layers
+        for name, start in PARAMETERS.get(config.memory_kind, {}).items() if self.has_memory else ():
+            self.register_parameter(name, nn.Parameter(torch.full((config.num_attention_heads,), start)))
+
+    def forward(self, x: Tensor, memory: Any, reader: Any, cos: Tensor, sin: Tensor) -> Tensor:
+        """As above; places in the block and the reader are the kind's own affair."""
+        weights = {name: parameter for name, parameter in self.named_parameters() if "." not in name}
+        steps = kind_steps(self.config, self.has_memory)
+        out, memory.kept = steps.attend(*self.project(x), memory.kept, memory.tokens, weights)
+        memory.tokens += x.shape[1]
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def kind_steps(config: ElasticMemoryConfig, has_memory: bool) -> Steps:
+    """The kind block after block, as the configuration says now."""
+    c = config
+    settings: dict[str, Any] = {}
+    if c.memory_kind == "subsample":
+        sampler = (c.memory_sampler_a, c.memory_sampler_lo, c.memory_sampler_hi, tuple(c.memory_points))
+        settings = {"points": sampler_points(c.memory_sampler, c.memory_slots, *sampler).tolist()}
+    elif c.memory_kind == "infini":
+        settings = {"update": c.memory_update}
+    elif c.memory_kind == "memorizing":
+        settings = {"pairs": c.memory_pairs, "top_k": c.memory_top_k}
+    return STEPS[c.memory_kind](c.block_length, c.rope_theta, has_memory, **settings)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -113,26 +154,90 @@ class ElasticMemoryMLP(nn.Module):
 class ElasticMemoryDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP, each pre-normed."""
 
-    def __init__(self, config: ElasticMemoryConfig) -> None:
+    def __init__(self, config: ElasticMemoryConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = ElasticMemoryAttention(config)
+        kind = config.memory_kind in STEPS
+        self.self_attn = KindAttention(config, layer) if kind else ElasticMemoryAttention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = ElasticMemoryMLP(config)
 
     def forward(
-        self, x: Tensor, memory: LayerMemory, reader: MemoryReader, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, LayerMemory]:
+        self, x: Tensor, memory: Any, reader: Any, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, LayerMemory | KeptMemory]:
         memory = copy.copy(memory)
         x = x + self.self_attn(self.input_layernorm(x), memory, reader, cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x)), memory
+
+
+class TokenMixer(nn.Module):
+    """A linear map over the token axis."""
+
+    def __init__(self, config: ElasticMemoryConfig, count: int) -> None:
+        super().__init__()
+        width = config.block_length + config.memory_short_term_tokens
+        self.weight = nn.Parameter(torch.randn(count, width) * config.initializer_range)
+        self.bias = nn.Parameter(torch.zeros(count))
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """[g, W+U, hidden] → [g, count, hidden]."""
+        return mix_tokens(normed, self.weight, self.bias)
+
+
+class MelodiDecoderLayer(ElasticMemoryDecoderLayer):
+    """A layer of Melodi: attention over [m; x; u], MLP, and the mixers that make m and u anew at a window's end."""
+
+    def __init__(self, config: ElasticMemoryConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.config = config
+        is_long, tokens = layer in config.memory_layers, config.memory_short_term_tokens
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.short_mixer = TokenMixer(config, tokens)
+        self.summary_mixer = TokenMixer(config, tokens) if layer + 1 < config.num_hidden_layers else None
+        self.long_mixer = TokenMixer(config, config.memory_long_term_increment) if is_long else None
+        width = config.num_attention_heads * config.head_dim
+        self.long_gate = nn.Parameter(torch.zeros(width)) if is_long else None
+
+    def forward(self, x: Tensor, memory: Any, reader: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, KeptMemory]:
+        """x [g, n, hidden], n tokens of one window, its summary tokens last where they fill it up."""
+        memory = copy.copy(memory)
+        ends = x.shape[1] > memory.block_length - memory.filled
+        summary = self.config.memory_short_term_tokens if ends else 0
+        window = WindowMemory(tokens=memory.tokens, **memory.kept)
+        query, *own = self.self_attn.project(self.input_layernorm(x))
+        window = window.with_window(*own)
+        short = None if window.short is None else self._keys_and_values(window.short)
+        out = window_attention(query, window, short, self.long_gate, self.config.rope_theta)
+        x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        window = window.with_outputs(x, x.shape[1] - summary)
+        if summary:
+            normed = self.mixer_norm(window.outputs)
+            window = self._next_window(window, normed)
+            if self.summary_mixer is not None:
+                x = torch.cat([x[:, :-summary], x[:, -summary:] + self.summary_mixer(normed)], 1)
+        kept = {name: value for name, value in vars(window).items() if isinstance(value, Tensor)}
+        memory.tokens, memory.kept = window.tokens, kept
+        return x, memory
+
+    def _keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        _, key, value = self.self_attn.project(self.input_layernorm(tokens))
+        return key, value
+
+    def _next_window(self, window: WindowMemory, normed: Tensor) -> WindowMemory:
+        if self.long_mixer is not None:
+            new = self._keys_and_values(self.long_mixer(normed))
+            window = window.with_long(*new, self.config.memory_long_term_tokens)
+        assert window.outputs is not None
+        last = window.outputs[:, -self.config.memory_short_term_tokens :]
+        return window.next_window(last + self.short_mixer(normed))
 
 
 class ElasticMemoryPreTrainedModel(PreTrainedModel):
     config_class = ElasticMemoryConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ElasticMemoryDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["ElasticMemoryDecoderLayer", "MelodiDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _is_stateful = True  # what was read cannot be taken back: no assisted generation
 
@@ -150,14 +255,20 @@ class ElasticMemoryModel(ElasticMemoryPreTrainedModel):
         config.check()  # what from_pretrained was given, too
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([ElasticMemoryDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        melodi = config.memory_kind == "melodi"
+        layer = MelodiDecoderLayer if melodi else ElasticMemoryDecoderLayer
+        self.layers = nn.ModuleList([layer(config, index) for index in range(config.num_hidden_layers)])
+        shape = (config.memory_short_term_tokens, config.hidden_size)
+        self.summary_tokens = nn.Parameter(torch.randn(shape) * config.initializer_range) if melodi else None
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
-    def reader(self) -> MemoryReader:
-        """The memory's reader as the configuration says now."""
+    def reader(self) -> MemoryReader | None:
+        """The elastic memory's reader as the configuration says now; other kinds have none."""
         c = self.config
+        if c.memory_kind != "elastic":
+            return None
         sampler = (c.memory_slots, c.memory_sampler_a, c.memory_sampler_lo, c.memory_sampler_hi, tuple(c.memory_points))
         return memory_reader(c.memory_order, c.memory_discretization, c.memory_sampler, *sampler)
 
@@ -220,11 +331,13 @@ class ElasticMemoryModel(ElasticMemoryPreTrainedModel):
             stop = min(x.shape[1], start + c.block_length - filled)
             cos, sin = (table[filled : filled + stop - start] for table in tables)
             piece, memories = x[:, start:stop], []
+            if self.summary_tokens is not None and filled + stop - start == c.block_length:
+                piece = torch.cat([piece, self.summary_tokens.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
             for layer, memory in zip(self.layers, layers, strict=True):
                 piece, moved_on = layer(piece, memory, reader, cos, sin)
                 memories.append(moved_on)
             layers = memories
-            pieces.append(piece)
+            pieces.append(piece[:, : stop - start])
             start = stop
         moved.append((group, layers))
         return self.norm(torch.cat(pieces, 1) if pieces else x)
@@ -277,17 +390,23 @@ class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
         sampler_lo: float | None = None,
         sampler_hi: float | None = None,
         points: Sequence[float] | None = None,
+        pairs: int | None = None,
+        top_k: int | None = None,
     ) -> ElasticMemoryForCausalLM:
         """Exchanges the memory's reader; it has no weights. Caches read before follow, down to a smaller order.
+
+        Order belongs to the elastic memory, slots and sampler to it and to subsample, pairs and top_k to memorizing.
 
         Args:
             order: coefficients kept per head and channel.
             slots: moments read back.
             sampler: uniform, exponential, window, points; with its own sampler_a, or sampler_lo and sampler_hi.
             points: the moments themselves, ascending in (0, 1); implies their sampler and slots.
+            pairs: of key and value kept from now on.
+            top_k: best pairs that a query reads, 0: all.
 
         Raises:
-            ValueError: values that cannot be; the memory is then as before.
+            ValueError: values that cannot be, or that this memory does not have; it is then as before.
         """
         if points is not None:
             sampler, slots = "points", len(points)
@@ -300,8 +419,13 @@ class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
             "memory_sampler_lo": sampler_lo,
             "memory_sampler_hi": sampler_hi,
             "memory_points": None if points is None else list(points),
+            "memory_pairs": pairs,
+            "memory_top_k": top_k,
         }
         given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            if self.config.memory_kind not in READERS.get(name, ("elastic", "subsample")):
+                raise ValueError(f"a memory of kind '{self.config.memory_kind}' has no {name}: leave it out")
         for config in (changed, self.config):
             for name, value in given.items():
                 setattr(config, name, value)
@@ -315,7 +439,7 @@ class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
         cache: ElasticMemoryCache | None = None,
         attention_mask: Tensor | None = None,
     ) -> ElasticMemoryCache:
-        """Reads a text, [b, n] ids or a stream of such pieces, in constant memory.
+        """Reads a text, [b, n] ids or a stream of such pieces, in memory that does not grow (full, subsample: it does).
 
         Returns:
             The cache: `generate_from(cache, question_ids)` goes on from here, as often as you like.
@@ -350,6 +474,9 @@ class ElasticMemoryForCausalLM(ElasticMemoryPreTrainedModel, GenerationMixin):
         c, digest = self.config, hashlib.sha256()
         shape = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, c.block_length, c.rope_theta, c.memory_layers)
         digest.update(repr((*shape, c.memory_discretization)).encode())
+        if c.memory_kind != "elastic":
+            sizes = (c.memory_short_term_tokens, c.memory_long_term_tokens, c.memory_long_term_increment)
+            digest.update(repr((c.memory_kind, c.memory_update, c.memory_pairs, sizes)).encode())
         for name, weight in self.named_parameters():
             if weight.is_meta:
                 raise ValueError("weights that are offloaded cannot be told apart: load the model without offloading")

@@ -16,6 +16,9 @@ from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.hf.export import Source
 from em_megatron.hf.fast_tokenizer import ODD_STRINGS, check_same_ids, differing_texts, gives_the_same_ids
 from em_megatron.hf.weight_mapping import ConversionError
+from em_megatron.model.kind_core import KindCache
+from em_megatron.model.melodi_cache import MelodiCache, MelodiLayerCache
+from em_megatron.model.memory_cache import MemoryCache
 
 TOLERANCE = 1e-4  # of logits and states in fp32, absolute up to a size of 1 (states), relative beyond
 BLOCKS = 3  # whole blocks that are read, and half of another
@@ -23,10 +26,10 @@ BLOCKS = 3  # whole blocks that are read, and half of another
 
 @dataclass(frozen=True)
 class Computed:
-    """logits [T, vocab]; states: layer → [N, h, 2d], the memory after the last whole block."""
+    """logits [T, vocab]; states: what the layers keep at the end of the text, by layer and name."""
 
     logits: Tensor
-    states: dict[int, Tensor]
+    states: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,24 @@ def megatron(source: Source, overrides: Sequence[str], ids: Tensor) -> Computed:
         cache = memory_cache(model, batch_size=1)
         for part in ids.split(length, 1):
             model(part, None, None, inference_context=cache, runtime_gather_output=True)
-        states = {(n - 1) // 2: x.state[:, 0] for n, x in cache.layers.items() if x.state is not None}
+        states = _kept(cache)
     finally:
         shutdown()
     return Computed(logits, states)
+
+
+def _kept(cache: MemoryCache | MelodiCache) -> dict[str, Tensor]:
+    """What Megatron's layers keep of one row, as the layers of `transformers` name it."""
+    found: dict[str, Tensor] = {}
+    for number, layer in cache.layers.items():
+        if isinstance(layer, MelodiLayerCache):
+            index, tensors = number - 1, {name: x for name, x in vars(layer.memory).items() if isinstance(x, Tensor)}
+        else:  # sub-layers alternate: attention, MLP
+            index, tensors = (number - 1) // 2, dict(layer.kept) if isinstance(layer, KindCache) else {}
+            if layer.state is not None:
+                tensors["state"] = layer.state.permute(1, 2, 0, 3)
+        found |= {f"layer {index}, {name}": x[0] for name, x in tensors.items()}
+    return found
 
 
 @torch.no_grad()
@@ -134,16 +151,20 @@ def hugging_face(folder: Path, ids: Tensor) -> Computed:
 
     out = model(ids, use_cache=True)
     layers = out[CACHE].groups[0].layers
-    states = {i: layer.state[0].transpose(0, 1) for i, layer in enumerate(layers) if layer.state is not None}
+    elastic = model.config.memory_kind == "elastic"
+    states = {
+        f"layer {i}, {name}": x[0]
+        for i, layer in enumerate(layers)
+        for name, x in layer.tensors().items()
+        if name == "state" or not elastic
+    }
     return Computed(out.logits[0], states)
 
 
 def compare(here: Computed, there: Computed) -> Comparison:
     """Largest differences; a memory that only one of them has is an error."""
     if here.states.keys() != there.states.keys():
-        raise ConversionError(
-            f"layers {sorted(here.states)} have a memory in Megatron, {sorted(there.states)} in the export"
-        )
+        raise ConversionError(f"Megatron keeps {sorted(here.states)} of a text, the export {sorted(there.states)}")
     states = [
         float((state - there.states[layer]).abs().max() / state.abs().max().clamp(min=1))
         for layer, state in here.states.items()

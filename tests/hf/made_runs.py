@@ -46,10 +46,42 @@ VARIANTS = {
     "one key/value head, other base": ("model.num_query_groups=1", "model.rotary_base=500000", "model.kv_channels=6"),
     "bf16": ("training.precision=bf16",),
 }
+# The other memory kinds, with the settings that keep most of them busy in 56 tokens.
+KINDS = {
+    "full": ("memory.kind=full", "memory.layers=1,3"),
+    "transformer_xl": ("memory.kind=transformer_xl",),
+    "subsample": ("memory.kind=subsample", "memory.sampler=exponential"),
+    "infini, linear": ("memory.kind=infini",),
+    "infini, delta": ("memory.kind=infini", "memory.update=delta", "memory.layers=1-2"),
+    "memorizing, top-k": ("memory.kind=memorizing", "memory.pairs=21", "memory.top_k=3"),
+    "memorizing, dense": ("memory.kind=memorizing", "memory.top_k=0", "memory.layers=all"),
+    "melodi": (
+        "memory.kind=melodi",
+        "memory.short_term_tokens=3",
+        "memory.long_term_increment=2",
+        "memory.long_term_tokens=4",
+    ),
+    "melodi, tied, short-term alone": (
+        "memory.kind=melodi",
+        "memory.short_term_tokens=3",
+        "memory.layers=none",
+        "model.share_embeddings_and_output_weights=true",
+        "model.qk_layernorm=true",
+    ),
+}
+VARIANTS |= KINDS
 
 
 # Those that a change is least likely to break alone run in `make test-slow`.
-SLOW = ("no memory", "backward Euler", "one key/value head, other base")
+SLOW = (
+    "no memory",
+    "backward Euler",
+    "one key/value head, other base",
+    "full",
+    "infini, delta",
+    "memorizing, dense",
+    "melodi, tied, short-term alone",
+)
 
 
 def config_of(*overrides: str) -> RunConfig:

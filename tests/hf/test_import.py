@@ -46,7 +46,9 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         assert torch.equal(weight, second[name]), name
 
 
-@pytest.mark.parametrize("variant", ["tied", "qk-norm, exponential", "bf16"])
+@pytest.mark.parametrize(
+    "variant", ["tied", "qk-norm, exponential", "bf16", "infini, linear", "memorizing, top-k", "melodi"]
+)
 def test_there_and_back_byte_for_byte(variant, tokenizer, tmp_path):
     run = made_run(tmp_path / "run", tokenizer, *VARIANTS[variant])
     assert export_hf.main([str(run), str(tmp_path / "there"), "--max-shard-size", "60K"]) == 0
