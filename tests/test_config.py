@@ -24,7 +24,7 @@ BAD = {
     "memory.sampler=random": "memory.sampler: ",
     "memory.sampler=points": "memory.sampler: ",  # and no points are given
     "memory.layers=0,9": "does not fit a model with layers 0 to 1",
-    "memory.layers=first": "is not 'all', 'none' or a list",
+    "memory.layers=first": "is not 'auto', 'all', 'none' or a list",
     "memory.order=0": "memory.order is 0: it must be at least 1",
     "data.sequence_length=41": "data.sequence_length 41 is not a multiple of memory.block_length 8",
     "model.num_attention_heads=3": "not a multiple of model.num_query_groups",
@@ -37,7 +37,7 @@ BAD = {
     "parallel.context_parallel_size=2": "is not a multiple of memory.block_length 8 × context_parallel_size 2",
     "parallel.context_parallel_size=5": "does not divide the 4 ranks started",
     "parallel.virtual_pipeline_model_parallel_size=2": "needs pipeline_model_parallel_size of 2 or more",
-    "memory.carry_memory=true memory.kind=block_local": "memory.carry_memory needs layers with a memory",
+    "memory.carry_memory=true memory.kind=block_local": "memory.carry_memory needs layers with an elastic memory",
     "parallel.memory_handoff=mail": "choose one of auto, all_gather, chain",
     "training.global_batch_size=6": "not a multiple of micro_batch_size 1 × data-parallel size 4",
     "optimizer.warmup_steps=5000": "does not fit training.train_steps",
@@ -48,6 +48,15 @@ BAD = {
 
 
 BAD_TOGETHER = {
+    "memory.kind=melodi parallel.context_parallel_size=2 data.sequence_length=64": "one after another",
+    "memory.kind=melodi data.sequence_length=8": "needs two windows",
+    "memory.kind=melodi memory.long_term_tokens=9 memory.long_term_increment=2": "not a multiple",
+    "memory.kind=melodi memory.detach_memory=true": "learns through its memory",
+    "memory.kind=full memory.detach_memory=true": "learns through its memory",
+    "memory.kind=infini memory.carry_memory=true": "needs layers with an elastic memory",
+    "memory.kind=memorizing memory.pairs=0": "memory.pairs is 0",
+    "memory.kind=infini memory.update=square": "choose one of linear, delta",
+    "memory.kind=lstm memory.order=5": "choose one of elastic, block_local, full",
     "model.num_layers=4 parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=3": (
         "model.num_layers 4 is not divisible by pipeline_model_parallel_size 2 × virtual_pipeline_model_parallel_size 3"
     ),

@@ -12,10 +12,13 @@ from megatron.core import tensor_parallel
 
 from em_megatron.benchmark.floors import MemorySizes
 from em_megatron.config import ConfigError, RunConfig, load_config
+from em_megatron.kinds import kind_of
+from em_megatron.kinds.matching import matched
 from em_megatron.model.elastic_attention import TrapezoidCore
+from em_megatron.model.kind_core import KindCore
 from em_megatron.model.language_model import PRECISIONS, transformer_config
 from em_megatron.model.memory_attention import MemoryAttention
-from em_megatron.model.sizes import shape_of
+from em_megatron.model.sizes import memory_floats_per_sequence, shape_of
 from em_megatron.ops.dispatch import choose
 from em_megatron.parallel import cpu_backend
 from em_megatron.parallel.process_groups import Layout, shutdown
@@ -23,6 +26,16 @@ from em_megatron.training.setup import initialize_layout
 from em_megatron.validate import validate
 
 FULL, LOCAL = "causal attention over the whole sample", "block-local attention, no memory"
+# The other systems, as `--kinds` names them: what they change of the memory section.
+KINDS: dict[str, dict[str, Any]] = {
+    "transformer_xl": {"kind": "transformer_xl"},
+    "subsample": {"kind": "subsample"},
+    "infini": {"kind": "infini", "update": "linear"},
+    "infini-delta": {"kind": "infini", "update": "delta"},
+    "memorizing": {"kind": "memorizing", "top_k": 32},
+    "memorizing-dense": {"kind": "memorizing", "top_k": 0},
+    "melodi": {"kind": "melodi"},
+}
 
 
 def run_config(overrides: Iterable[str], length: int, precision: str, bank_cache: str, seed: int) -> RunConfig:
@@ -67,26 +80,47 @@ def one_rank(config: RunConfig, device: torch.device) -> Iterator[Layout]:
         torch.set_num_threads(threads)
 
 
-def variants(config: RunConfig, orders: Iterable[int]) -> dict[str, RunConfig]:
-    """By name: the model with a memory of each order, without one, and with causal attention over the whole sample."""
+def variants(config: RunConfig, orders: Iterable[int], kinds: Iterable[str] = ()) -> dict[str, RunConfig]:
+    """By name: the model with a memory of each order, without one, with causal attention over the whole sample, and with
+    the memory of each of `kinds`, its size matched to the smallest order where it has a size to choose.
+
+    Raises:
+        ConfigError: a kind that is unknown.
+    """
 
     def with_memory(**changes: Any) -> RunConfig:
         return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **changes))
 
     found = {f"elastic, order {order}": with_memory(kind="elastic", order=order) for order in orders}
-    found[LOCAL] = with_memory(kind="block_local")
-    # One block as long as the sample; batched attention is then a single call of torch's flash attention.
-    found[FULL] = with_memory(kind="block_local", block_length=config.data.sequence_length, kernels="batched")
+    smallest = with_memory(kind="elastic", order=min(orders)).memory
+    found[LOCAL], found[FULL] = with_memory(kind="block_local"), with_memory(kind="full")
+    for name in kinds:
+        if name not in KINDS:
+            raise ConfigError(f"kind '{name}' is unknown: choose some of {', '.join(KINDS)}")
+        section, tokens = with_memory(**KINDS[name]).memory, config.data.sequence_length
+        wanted = memory_floats_per_sequence(config.model, smallest, tokens)
+        found[name] = dataclasses.replace(config, memory=matched(config.model, section, tokens, wanted).memory)
     for variant in found.values():
         validate(variant, 1)
     return found
 
 
+def has_own_layers(config: RunConfig) -> bool:
+    """Whether the kind cannot take its turn in the common model by another core attention."""
+    return kind_of(config.memory).whole_layers
+
+
 def memory_sizes(config: RunConfig) -> MemorySizes | None:
-    """As `floors` has them: no slots for block-local attention, None for causal attention over the whole sample."""
+    """As `floors` has them: no slots for block-local attention, None for causal attention over the whole sample.
+
+    Of the other kinds the block's own attention counts, not what they read and write: their floor is that of the least
+    that they do.
+    """
     memory, tokens = config.memory, config.data.sequence_length
-    if memory.kind == "block_local":
-        return MemorySizes(1, 0, memory.block_length, tokens) if memory.block_length < tokens else None
+    if memory.kind == "full":
+        return None
+    if memory.kind != "elastic":
+        return MemorySizes(1, 0, memory.block_length, tokens)
     return MemorySizes(memory.order, memory.slots, memory.block_length, tokens, memory.superchunk)
 
 
@@ -97,17 +131,29 @@ def kernels_note(config: RunConfig, device: torch.device) -> str:
     return f"`memory.kernels={config.memory.kernels}` takes {choice.name} here: {choice.reason}."
 
 
+def core_of(config: RunConfig) -> type[TrapezoidCore] | type[KindCore]:
+    """The class of the kind's core attention."""
+    return TrapezoidCore if config.memory.kind in ("elastic", "block_local") else KindCore
+
+
 class Exchange:
-    """The core attentions of the variants of one model, put into it by name."""
+    """The core attentions of the variants of one model, put into it by name.
+
+    A core's own parameters (a number or two per head of infini and memorizing) get gradients; the optimizer of the common
+    model does not know them.
+    """
 
     def __init__(self, chunks: list[torch.nn.Module], variants: dict[str, RunConfig], layout: Layout) -> None:
         self.attentions = [m for chunk in chunks for m in chunk.modules() if isinstance(m, MemoryAttention)]
         self.cores = {
             name: [
-                TrapezoidCore(transformer_config(variant), attention.layer_number, pg_collection=layout.pg_collection)
+                core_of(variant)(
+                    transformer_config(variant), attention.layer_number, pg_collection=layout.pg_collection
+                ).to(cpu_backend.device())
                 for attention in self.attentions
             ]
             for name, variant in variants.items()
+            if not has_own_layers(variant)
         }
 
     def put(self, name: str) -> None:

@@ -13,6 +13,7 @@ from em_megatron.config import ConfigError
 
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("fp32", "bf16")  # of whole models
+KINDS = ("transformer_xl", "subsample", "infini", "infini-delta", "memorizing", "memorizing-dense", "melodi")
 CONTEXTS = {"megatron": (4096, 65536, 1048576), "transformers": (4096, 262144)}  # by what `decode` goes through
 
 
@@ -94,7 +95,8 @@ class AttentionOptions(HeadOptions):
 class LayerOptions(Options):
     """One layer of the Megatron model (attention with its projections, and MLP), forward and with backward.
 
-    The peer is the same layer with causal attention over the whole sample; block-local attention runs beside it.
+    The peer is the same layer with causal attention over the whole sample; block-local attention runs beside it, and
+    Melodi with its paper's window of 512 tokens, and with the blocks of the others.
     """
 
     size: str = field(metadata=told("125m", "1b", "named size that gives the layer's shape"))
@@ -107,10 +109,11 @@ class LayerOptions(Options):
 
 @dataclass(frozen=True)
 class StepOptions(Options):
-    """A whole step of the trainer: forward, backward, clipping, AdamW and schedule, on random tokens.
+    """A whole step of the trainer: forward, backward, clipping, AdamW and schedule, on random tokens; all memory kinds.
 
-    All candidates train the same weights with the same optimizer: the memory has no parameters, so only the core
-    attention is exchanged between them. The peer attends causally to the whole sample.
+    Candidates train the same weights with the same optimizer, only the core attention is exchanged between them; but
+    melodi, which has layers of its own. The peer attends causally to the whole sample. Memories have the floats per
+    sequence of the smallest order where they have a size to choose.
     """
 
     size: str = field(metadata=told("tiny", "1b", "named size of the model"))
@@ -120,6 +123,7 @@ class StepOptions(Options):
     orders: tuple[int, ...] = field(metadata=told((540, 2160, 8640), (540, 2160, 8640), "orders of the memory, N"))
     vocabulary: int = field(metadata=told(1024, 32000, "size of the vocabulary"))
     batch: int = field(metadata=told(1, 1, "samples of a step, one micro-batch each"))
+    kinds: tuple[str, ...] = field(metadata=told(KINDS, KINDS, "the other systems to measure beside them", False))
     recompute: str = field(metadata=told("none", "full", "none, selective or full"))
     precision: str = field(metadata=told("fp32", "bf16", "fp32 or bf16"))
 
@@ -235,6 +239,8 @@ def _read(name: str, kind: Any, text: str) -> Any:
     try:
         if kind in (int, float, str):
             return kind(text)
+        if kind == tuple[str, ...]:
+            return tuple(part for part in text.split(",") if part)
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         wanted = {int: "a whole number", float: "a number"}.get(kind, "whole numbers with commas between them")

@@ -16,7 +16,10 @@ from em_megatron.training.metrics import finite
 
 HEADER = ("candidate", "time, ms (range)", "tokens/s", "× peer", "GFLOP/s", "floor, ms", "time / floor", "peak, MB")
 
-PEAK = "; peak: device memory during a call beyond what was held before it (inputs, matrices, weights)"
+PEAK = (
+    "; peak: device memory during a call, on the CPU resident memory, beyond what was held before it (inputs, matrices, "
+    "weights)"
+)
 
 
 @dataclass

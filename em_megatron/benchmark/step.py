@@ -1,9 +1,11 @@
-"""`step`: whole steps of the trainer with memories of several orders, beside causal attention over the whole sample."""
+"""`step`: whole steps of the trainer with every kind of memory, beside causal attention over the whole sample."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from em_megatron.benchmark.models import (
     FULL,
     LOCAL,
     Exchange,
+    has_own_layers,
     kernels_note,
     memory_sizes,
     one_rank,
@@ -22,8 +25,18 @@ from em_megatron.benchmark.models import (
 from em_megatron.benchmark.options import StepOptions
 from em_megatron.benchmark.results import Chart, Findings, Rows, Target
 from em_megatron.benchmark.timing import Call, Candidate
+from em_megatron.config import RunConfig
+from em_megatron.kinds import kind_of
 from em_megatron.model.language_model import PRECISIONS
-from em_megatron.model.sizes import flops_per_token, num_parameters, padded_vocab_size, shape_of
+from em_megatron.model.sizes import (
+    flops_per_token,
+    memory_floats_per_sequence,
+    memory_parameters,
+    num_parameters,
+    padded_vocab_size,
+    shape_of,
+)
+from em_megatron.parallel.process_groups import Layout
 from em_megatron.training.bad_batches import BadBatches
 from em_megatron.training.metrics import peak_flops
 from em_megatron.training.microbatch import MicroBatch
@@ -35,8 +48,25 @@ GROUP = "training step"
 TARGETS: dict[str, list[Target]] = {"cpu": [], "cuda": []}
 
 
+@dataclass
+class Trained:
+    """A model with its optimizer and schedule, built as `training.setup.set_up` does."""
+
+    model: list[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+
+    @classmethod
+    def of(cls, config: RunConfig, layout: Layout, vocabulary: int) -> Trained:
+        model = wrap_for_training(config, build_chunks(config, layout, vocabulary), layout)
+        optimizer = build_optimizer(config, model, layout.pg_collection)
+        found = cls(model, optimizer, build_scheduler(config, optimizer))
+        connect_schedule(model, optimizer)
+        return found
+
+
 class StepBenchmark:
-    """One model, optimizer and schedule, built as `training.setup.set_up` does; the variants take turns in it."""
+    """One model, in which variants take turns by another core attention; a kind with layers of its own has its own."""
 
     def __init__(self, options: StepOptions, device: torch.device, stack: ExitStack) -> None:
         self.options, self.device = options, device
@@ -49,14 +79,10 @@ class StepBenchmark:
         ]
         self.config = run_config(overrides, options.length, options.precision, options.bank_cache, options.seed)
         self.dtype = PRECISIONS[options.precision]
-        self.variants = variants(self.config, options.orders)
+        self.variants = variants(self.config, options.orders, options.kinds)
         self.layout = stack.enter_context(one_rank(self.config, device))
-        chunks = build_chunks(self.config, self.layout, options.vocabulary)
-        self.model = wrap_for_training(self.config, chunks, self.layout)
-        self.optimizer = build_optimizer(self.config, self.model, self.layout.pg_collection)
-        self.scheduler = build_scheduler(self.config, self.optimizer)
-        connect_schedule(self.model, self.optimizer)
-        self.exchange = Exchange(self.model, self.variants, self.layout)
+        self.common = Trained.of(self.config, self.layout, options.vocabulary)
+        self.exchange = Exchange(self.common.model, self.variants, self.layout)
         self.vocabulary = padded_vocab_size(options.vocabulary, self.config.model.make_vocab_size_divisible_by)
 
     def candidates(self) -> list[Candidate]:
@@ -66,13 +92,15 @@ class StepBenchmark:
         options, config = self.options, self.variants[name]
 
         def prepare() -> Call:
-            batch = random_batch(options, config.memory.block_length, self.device)
+            batch, own = random_batch(options, config.memory.block_length, self.device), has_own_layers(config)
+            trained = Trained.of(config, self.layout, options.vocabulary) if own else self.common
 
             def step() -> object:
-                self.exchange.put(name)
+                if not own:
+                    self.exchange.put(name)
                 feed: Iterator[MicroBatch] = iter([batch] * options.batch)
-                bad = BadBatches(config.faults)
-                return train_step(config, self.layout, self.model, self.optimizer, self.scheduler, [feed], bad)
+                parts = (trained.model, trained.optimizer, trained.scheduler)
+                return train_step(config, self.layout, *parts, [feed], BadBatches(config.faults))
 
             return step
 
@@ -80,7 +108,8 @@ class StepBenchmark:
         parameters = num_parameters(config.model, self.vocabulary, config.memory)
         sizes = memory_sizes(config)
         work = step_work(shape, options.batch, options.length, sizes, self.vocabulary, parameters, itemsize)
-        return Candidate(GROUP, name, prepare, options.batch * options.length, work, is_peer=name == FULL)
+        tokens = options.batch * options.length
+        return Candidate(GROUP, name, prepare, tokens, work, is_peer=name == FULL, resident=True)
 
     def findings(self, rows: Rows) -> Findings:
         found = Findings()
@@ -98,6 +127,7 @@ class StepBenchmark:
         found.notes = [
             kernels_note(self.config, self.device),
             self._utilization(rows),
+            self._sizes(rows),
             "Floors: weights, gradients and the optimizer's numbers move; activations are left out.",
         ]
         if self.options.recompute != "none":
@@ -106,6 +136,28 @@ class StepBenchmark:
             held = torch.cuda.memory_allocated(self.device) / 1e9
             found.notes.append(f"Weights, gradients, optimizer and the memory's matrices hold {held:,.3g} GB.")
         return found
+
+    def _sizes(self, rows: Rows) -> str:
+        """Adds columns with floats per sequence, parameters of the kind, FLOPs per token, and what the memory is."""
+        for row in rows.group(GROUP):
+            config = self.variants[row["name"]]
+            memory, length = config.memory, self.options.length
+            row["memory_floats"] = memory_floats_per_sequence(config.model, memory, length)
+            row["parameters"] = num_parameters(config.model, self.vocabulary, memory)
+            row["own_parameters"] = memory_parameters(config.model, memory)
+            row["flops_per_token"] = flops_per_token(config.model, memory, self.vocabulary, length)
+            row["memory"] = kind_of(memory).describe(memory)
+            row["details"] = row.get("details", {}) | {
+                "memory floats": f"{row['memory_floats']:,}",
+                "parameters (own)": f"{row['parameters']:,} ({row['own_parameters']:,})",
+                "GFLOP/token": f"{row['flops_per_token'] / 1e9:.3g}",
+                "memory": row["memory"],
+            }
+        return (
+            "Memory floats are kept per sequence of this length over all layers; kinds with a size to choose have those of "
+            f"Elastic Memory at order {min(self.options.orders)}. Own parameters are those that the kind adds. Floors of the "
+            "other kinds count the block's own attention alone."
+        )
 
     def _utilization(self, rows: Rows) -> str:
         """Adds a column with the model FLOPs utilisation where the peak of the device is known."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -36,6 +39,7 @@ class Candidate:
         is_peer: whether it is what the others of its group are compared with.
         every: it takes part in every so many rounds only.
         single: never repeat a call within a reading (a call that changes what the next one does).
+        resident: on the CPU, one more call tells the growth of resident memory.
     """
 
     group: str
@@ -46,13 +50,15 @@ class Candidate:
     is_peer: bool = False
     every: int = 1
     single: bool = False
+    resident: bool = False
 
 
 @dataclass
 class Measurement:
     """Seconds per call, one number for each round; empty, with a reason, if the candidate could not run.
 
-    peak_bytes: most device memory during a call beyond what was held before it; None on the CPU.
+    peak_bytes: most device memory during a call beyond what was held before it; on the CPU resident memory, of one call
+        that is not timed, where the candidate asks for it and the kernel tells it, else None.
     """
 
     candidate: Candidate
@@ -92,6 +98,8 @@ def measure(
         with _failures_noted(measurement):
             calls[index] = measurement.candidate.prepare()
             timed(calls[index], warm_up, device)
+            if device.type == "cpu" and measurement.candidate.resident:
+                measurement.peak_bytes = resident_growth(calls[index])
     start = time.perf_counter()
     for number in range(rounds):
         if number and time.perf_counter() - start > seconds:
@@ -125,6 +133,30 @@ def _held(device: torch.device) -> int | None:
         return None
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
+
+
+def resident_growth(call: Call) -> int | None:
+    """Most resident bytes of this process during a call beyond those before it; None where Linux does not tell.
+
+    Memory that was freed before is given back to the system first, as far as the allocator can.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, KeyError):
+        return None
+
+
+def _status(name: str) -> int:
+    """A size in this process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields[name].split()[0]) * 1024
 
 
 def timed(call: Call, repeats: int, device: torch.device) -> float:

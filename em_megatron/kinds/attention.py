@@ -26,6 +26,7 @@ class Full(Kind):
     """Causal attention over the document: the ceiling in quality, whose memory is the context."""
 
     name = "full"
+    detaches = False
 
     def memory_floats(self, memory: MemoryConfig, shape: Shape, layers: int, sequence_length: int) -> int:
         """2·T·d·h per layer: all keys and values."""

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 class Kind:
     """A memory kind. Without overrides: block-local attention in all layers, no memory, no parameters of its own.
 
-    name: `memory.kind`. context_parallel: whether ranks can share a sample. reads_sampler: whether the sampler's moments
-    decide what it reads. whole_layers: whether it replaces whole layers (attention and MLP), not the core attention only.
+    name: `memory.kind`. reads_sampler: whether the sampler's moments
+    decide what it reads. detaches: whether its memory can do without a gradient. whole_layers: whether it replaces whole layers (attention and MLP), not the core attention only.
     """
 
     name = "block_local"
-    context_parallel = True
     reads_sampler = False
     whole_layers = False
+    detaches = True
 
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers of `memory.layers=auto`, and None of them where the kind has no memory at all."""
@@ -59,7 +59,14 @@ class Kind:
         return ()
 
     def check(self, config: RunConfig) -> None:
-        """Raises ConfigError for sizes and layouts that cannot work."""
+        """Raises ConfigError for sizes, options and layouts that cannot work."""
+        from em_megatron.config import ConfigError
+
+        if config.memory.detach_memory and not self.detaches:
+            raise ConfigError(
+                f"memory.detach_memory has no meaning for memory.kind '{self.name}', which learns through its memory: leave "
+                "it out"
+            )
 
 
 def per_key(shape: Shape) -> int:

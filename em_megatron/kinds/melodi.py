@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 class Melodi(Kind):
     name = "melodi"
-    context_parallel = False
     whole_layers = True
+    detaches = False
 
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """The long-term layer: the middle one."""
@@ -70,6 +70,7 @@ class Melodi(Kind):
     def check(self, config: RunConfig) -> None:
         from em_megatron.config import ConfigError
 
+        super().check(config)
         memory, parallel = config.memory, config.parallel
         if memory.long_term_tokens % memory.long_term_increment:
             raise ConfigError(

@@ -8,7 +8,7 @@ import torch
 from em_megatron.config import ModelConfig
 from em_megatron.model.initialization import initialize_weights
 from em_megatron.model.language_model import build_model, memory_cache
-from em_megatron.model.sizes import SIZES, apply_size, num_parameters, padded_vocab_size
+from em_megatron.model.sizes import SIZES, apply_size, memory_parameters, num_parameters, padded_vocab_size
 from em_megatron.ops.block_layout import BlockLayout
 from tests.one_rank import one_rank, tiny_config
 
@@ -55,8 +55,23 @@ def test_parameter_count_is_that_of_the_built_model(layout, size, tied):
         ("memory.sampler=exponential", "memory.superchunk=2", "model.qk_layernorm=true"),
         ("memory.layers=1", "memory.order=3"),
         ("memory.kind=block_local",),
+        ("memory.kind=full", "memory.layers=1"),
+        ("memory.kind=transformer_xl",),
+        ("memory.kind=subsample", "memory.sampler=exponential"),
+        ("memory.kind=infini", "memory.update=delta"),
+        ("memory.kind=memorizing", "memory.pairs=13", "memory.top_k=3"),
     ],
-    ids=["elastic", "exponential, superchunks, qk norm", "one memory layer", "block local"],
+    ids=[
+        "elastic",
+        "exponential, superchunks, qk norm",
+        "one memory layer",
+        "block local",
+        "full",
+        "transformer xl",
+        "subsample",
+        "infini",
+        "memorizing",
+    ],
 )
 @pytest.mark.parametrize("chunks", [[40], [1] * 40, [13, 1, 1, 9, 16]], ids=["at once", "one by one", "odd pieces"])
 def test_decoding_equals_training(layout, overrides, chunks):
@@ -70,8 +85,22 @@ def test_decoding_equals_training(layout, overrides, chunks):
     torch.testing.assert_close(torch.cat(pieces, 1), expected, **FP32)
 
 
-def test_memory_of_a_generation_is_constant(layout):
-    model = build(layout)
+@pytest.mark.parametrize("kind", ["infini", "memorizing"])
+def test_parameters_of_a_kind_are_counted_and_split_by_heads(layout, kind):
+    config = tiny_config(f"memory.kind={kind}", "memory.layers=all")
+    model = build_model(config, VOCAB, layout.pg_collection)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(config.model, VOCAB, config.memory)
+    own = {name: p for name, p in model.named_parameters() if "core_attention" in name}
+    assert sum(p.numel() for p in own.values()) == memory_parameters(config.model, config.memory) > 0
+    for name, parameter in own.items():
+        assert parameter.tolist() == 4 * [1.0 if name.endswith("scale") else 0.0]
+        assert parameter.tensor_model_parallel
+
+
+@pytest.mark.parametrize("overrides", [(), ("memory.kind=infini",), ("memory.kind=memorizing", "memory.pairs=16"),
+                                       ("memory.kind=transformer_xl",)], ids=["elastic", "infini", "memorizing", "xl"])  # fmt: skip
+def test_memory_of_a_generation_is_constant(layout, overrides):
+    model = build(layout, *overrides)
     cache, sizes = memory_cache(model, batch_size=1), []
     with torch.no_grad():
         for _ in range(6):
@@ -98,7 +127,15 @@ def test_the_memory_reaches_beyond_the_block(layout):
     other = tokens.clone()
     other[0, :8] = (other[0, :8] + 5) % VOCAB
     one_document = torch.ones(1, 40, dtype=torch.int32)
-    for kind, reaches in (("elastic", True), ("block_local", False)):
+    reaching = {
+        "elastic": True,
+        "block_local": False,
+        "full": True,
+        "subsample": True,
+        "infini": True,
+        "memorizing": True,
+    }
+    for kind, reaches in reaching.items():
         model = build(layout, f"memory.kind={kind}")
         last = [logits_of(model, t, one_document)[0, 32:] for t in (tokens, other)]
         assert (not torch.equal(*last)) == reaches, kind

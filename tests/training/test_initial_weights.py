@@ -69,6 +69,7 @@ def test_memory_may_be_switched_on(first, chain_corpus, tmp_path):
         ("model.rotary_base=500000", "model.rotary_base is 500000.0"),
         ("model.num_query_groups=4", "model.num_query_groups is 4"),
         ("model.layernorm_epsilon=1e-6", "model.layernorm_epsilon"),
+        ("memory.kind=infini", "holds the weights of memory.kind 'elastic', and 'infini'"),
     ],
 )
 def test_weights_that_mean_something_else(override, words, first, chain_corpus, tmp_path):
