@@ -154,7 +154,8 @@ class LayerBenchmark:
         found.notes = [
             kernels_note(self.config, self.device),
             "Melodi goes through its windows one after another; with the defaults of its paper S = U = 64, L_inc = 32, G = "
-            "4096. One of a model's layers is a long-term layer.",
+            "4096. One of a model's layers is a long-term layer. Where one window keeps the whole machine busy, as on a few "
+            "CPU cores, going one after another costs little, and what is left is its work on summary and memory tokens.",
             "Floors: weights, input and output of the layer move; what lies between is left out.",
         ]
         return found

@@ -45,6 +45,9 @@ class Plan:
         return [*self.layouts, *self.larger_batch]
 
 
+PLANNED_KINDS = ("elastic", "block_local")
+
+
 def make_plan(
     recipe: Path | str | RunConfig,
     overrides: Sequence[str] = (),
@@ -73,6 +76,11 @@ def make_plan(
     if vocab_size is not None and vocab_size < 1:
         raise ConfigError(f"--vocab-size is {vocab_size}: it must be at least 1")
     config, cluster = load_config(recipe, overrides), Cluster(find_gpu(gpu), nodes, gpus_per_node)
+    if config.memory.kind not in PLANNED_KINDS:
+        raise ConfigError(
+            f"the memory of GPUs is planned for memory.kind {' and '.join(PLANNED_KINDS)}, not yet for "
+            f"'{config.memory.kind}': launch/match.py prints its parameters, FLOPs and memory floats"
+        )
     _refuse_what_no_layout_mends(config)
     vocab, where = _vocab_size(config, vocab_size)
     share = DEFAULT_MFU if mfu is None else mfu

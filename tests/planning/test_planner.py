@@ -216,3 +216,8 @@ def test_entry_point(tmp_path, capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(option in text for option in ("--mfu", "--vocab-size", "--gpus-per-node", "b200", "memory.order"))
+
+
+def test_kinds_whose_memory_is_not_planned_are_refused():
+    with pytest.raises(ConfigError, match="not yet for 'infini': launch/match.py"):
+        make_plan(ONE_B, ["memory.kind=infini"])

@@ -1,0 +1,1 @@
+"""Tests of what the memory kinds say of themselves."""
