@@ -41,6 +41,12 @@ class ModelConfig:
     layernorm_epsilon: float = option(1e-5, "epsilon of every RMSNorm")
     init_method_std: float = option(0.02, "standard deviation of initial weights; output projections / sqrt(2 layers)")
     hidden_dropout: float = option(0.0, "dropout on the residual branches")
+    layer_pattern: str | None = option(
+        None,
+        "a letter per layer, repeated over the depth: * attention with memory.kind, M Mamba-2 (needs mamba_ssm and a GPU), "
+        "G Gated DeltaNet (needs flash-linear-attention); each with an MLP behind it; null: all *; in YAML a pattern that "
+        "begins with * is put in quotes",
+    )
     make_vocab_size_divisible_by: int = option(
         128, "the vocabulary is padded to a multiple of this, whatever the layout"
     )

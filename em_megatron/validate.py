@@ -97,6 +97,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     memory_layers(config.memory, shape_of(config.model).num_layers)
     _check_layout(config, world_size)
     kind_of(config.memory).check(config)
+    _check_pattern(config)
     _check_kernels(config)
     _check_schedule(config)
     check_profiling(config, world_size, torch.cuda.is_available())
@@ -205,6 +206,41 @@ def _check_shape(config: RunConfig) -> None:
             plan(blocks, memory.order, memory.slots, memory.block_length, part_of_sample=split)
         except ValueError as error:
             raise ConfigError(f"memory: {error}") from None
+
+
+def _check_pattern(config: RunConfig) -> None:
+    pattern, parallel = config.model.layer_pattern, config.parallel
+    if pattern is None:
+        return
+    if not pattern or set(pattern) - set("*MG"):
+        raise ConfigError(f"model.layer_pattern '{pattern}' is not made of the letters *, M and G")
+    if shape_of(config.model).num_layers % len(pattern):
+        raise ConfigError(
+            f"model.layer_pattern '{pattern}' does not fill {shape_of(config.model).num_layers} layers: give a length that "
+            "divides them"
+        )
+    if not set(pattern) & {"M", "G"}:
+        return
+    if kind_of(config.memory).whole_layers or config.memory.carry_memory:
+        raise ConfigError(
+            "layers M and G of model.layer_pattern stand beside attention of the other memory kinds, with an empty memory "
+            "at every sample: choose another memory.kind than melodi, and switch memory.carry_memory off"
+        )
+    if parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1:
+        raise ConfigError(
+            "layers M and G of model.layer_pattern go through whole documents on one rank: use pipeline and data "
+            "parallelism, and set tensor_model_parallel_size and context_parallel_size to 1"
+        )
+    from em_megatron.model.linear_attention import missing_package
+
+    for letter in sorted(set(pattern) & {"M", "G"}):
+        if package := missing_package(letter):
+            raise ConfigError(
+                f"layers {letter} of model.layer_pattern need the package {package}, which is not installed: "
+                f"`pip install {package}`"
+            )
+    if "M" in pattern and not torch.cuda.is_available():
+        raise ConfigError("layers M of model.layer_pattern have kernels for GPUs only, and there is none")
 
 
 def _check_kernels(config: RunConfig) -> None:

@@ -44,6 +44,7 @@ MEMORY = {
 NOT_IN_HUGGING_FACE = (
     "size",
     "hidden_dropout",
+    "layer_pattern",  # refused by the export
     "make_vocab_size_divisible_by",
     "kind",  # block_local is elastic without layers
     "layers",  # written as a list

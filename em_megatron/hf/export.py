@@ -75,6 +75,11 @@ def open_checkpoint(path: Path, overrides: Sequence[str], dtype: str = "stored")
     if reason := damage(checkpoint):
         raise CheckpointError(f"{checkpoint} cannot be exported: {reason}")
     config = saved_config(checkpoint, overrides)
+    if config.model.layer_pattern and set(config.model.layer_pattern) != {"*"}:
+        raise ConfigError(
+            f"{checkpoint} has layers M or G (model.layer_pattern '{config.model.layer_pattern}'), which the exported class "
+            "does not have"
+        )
     vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_NAME)
     vocab_size = padded_vocab_size(vocabulary.size, config.model.make_vocab_size_divisible_by)
     rows = table(config.model, vocab_size, config.memory)

@@ -10,7 +10,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
-from em_megatron.config import RunConfig
+from em_megatron.config import ConfigError, RunConfig
 from em_megatron.kinds import kind_of
 from em_megatron.model.carried_memory import CarriedMemory
 from em_megatron.model.elastic_attention import ElasticTransformerConfig
@@ -19,7 +19,7 @@ from em_megatron.model.melodi_cache import MelodiCache
 from em_megatron.model.melodi_layer import MelodiLayer
 from em_megatron.model.memory_attention import MemoryAttention
 from em_megatron.model.memory_cache import MemoryCache
-from em_megatron.model.sizes import shape_of
+from em_megatron.model.sizes import MAMBA_GROUPS, MAMBA_HEAD, MAMBA_STATE, layer_letters, shape_of
 from em_megatron.parallel.handoff_cost import choose_handoff, state_bytes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -70,6 +70,14 @@ def transformer_config(config: RunConfig) -> ElasticTransformerConfig:
         bf16=training.precision == "bf16",
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
+        deterministic_mode=not on_gpu and "G" in layer_letters(config.model),  # Gated DeltaNet in plain torch
+        linear_key_head_dim=shape.kv_channels,
+        linear_value_head_dim=shape.kv_channels,
+        linear_num_key_heads=shape.num_attention_heads,
+        linear_num_value_heads=shape.num_attention_heads,
+        mamba_head_dim=MAMBA_HEAD,
+        mamba_num_groups=MAMBA_GROUPS,
+        mamba_state_dim=MAMBA_STATE,
         cuda_graph_impl="none",
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=False,
@@ -113,11 +121,12 @@ def layer_state_bytes(config: RunConfig) -> int:
 
 
 def hybrid_pattern(config: RunConfig) -> str:
-    """Megatron's layer pattern: attention `*` and MLP `-` alternate, `|` between pipeline stages and their chunks; a kind
-    with whole layers has `*` only."""
+    """Megatron's layer pattern: attention `*` (or M, G) and MLP `-` alternate, `|` between pipeline stages and their chunks;
+    a kind with whole layers has `*` only."""
     stages = config.parallel.pipeline_model_parallel_size * model_chunks(config)
-    layers = shape_of(config.model).num_layers
-    return "|".join(["*-"[: sub_layers(config)] * (layers // stages)] * stages)
+    letters, tail = layer_letters(config.model), "-"[: sub_layers(config) - 1]
+    size = len(letters) // stages
+    return "|".join("".join(x + tail for x in letters[at : at + size]) for at in range(0, len(letters), size))
 
 
 def build_model(
@@ -143,7 +152,9 @@ def build_model(
     megatron_config, whole = transformer_config(config), kind_of(config.memory).whole_layers
     model = HybridModel(
         config=megatron_config,
-        hybrid_stack_spec=melodi_stack_spec() if whole else elastic_stack_spec(megatron_config),
+        hybrid_stack_spec=melodi_stack_spec()
+        if whole
+        else elastic_stack_spec(megatron_config, layer_letters(config.model)),
         vocab_size=vocab_size,
         max_sequence_length=config.data.sequence_length,
         hybrid_layer_pattern=hybrid_pattern(config),
@@ -178,7 +189,13 @@ def attach_carried_memory(model_chunks: list[torch.nn.Module]) -> CarriedMemory:
 
 
 def memory_cache(model: torch.nn.Module, batch_size: int) -> MemoryCache | MelodiCache:
-    """An empty cache for generation with `model`."""
+    """An empty cache for generation with `model`.
+
+    Raises:
+        ConfigError: layers that Megatron-Core cannot generate with.
+    """
+    if any(hasattr(module, "A_log") for module in model.modules()):
+        raise ConfigError("text cannot be generated with layers M or G of model.layer_pattern: they are for training")
     whole = [module for module in model.modules() if isinstance(module, MelodiLayer)]
     if whole:
         return MelodiCache([layer.layer_number for layer in whole], whole[0].inner.memory.block_length)

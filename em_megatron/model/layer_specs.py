@@ -46,7 +46,16 @@ def melodi_stack_spec() -> ModuleSpec:
     )
 
 
-def elastic_stack_spec(config: ElasticTransformerConfig) -> ModuleSpec:
+def _linear_attention_specs(letters: str) -> dict[str, ModuleSpec]:
+    """Of the layers M and G, whose modules are loaded where they are asked for."""
+    if not set(letters) & {"M", "G"}:
+        return {}
+    from em_megatron.model.linear_attention import gated_delta_net_spec, mamba_spec
+
+    return {"mamba_layer": mamba_spec(), "gdn_layer": gated_delta_net_spec()}
+
+
+def elastic_stack_spec(config: ElasticTransformerConfig, letters: str = "*") -> ModuleSpec:
     """Attention layers `*` with the memory kind and MLP layers `-`, each pre-normed."""
     head_norm = RMSNorm if config.qk_layernorm else None
     attention = ModuleSpec(
@@ -68,6 +77,7 @@ def elastic_stack_spec(config: ElasticTransformerConfig) -> ModuleSpec:
     return ModuleSpec(
         module=ElasticStack,
         submodules=HybridStackSubmodules(
+            **_linear_attention_specs(letters),
             attention_layer=ModuleSpec(
                 module=TransformerLayer,
                 submodules=TransformerLayerSubmodules(

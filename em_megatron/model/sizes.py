@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from em_megatron.kinds import kind_of
@@ -22,6 +22,9 @@ class Shape:
     kv_channels: int
     ffn_hidden_size: int
 
+
+# Megatron-Core's Mamba-2: dimension of a head, groups of keys and queries, dimension of the state; tokens of a chunk.
+MAMBA_HEAD, MAMBA_GROUPS, MAMBA_STATE, CHUNK = 64, 8, 128, 64
 
 SIZES = {
     "tiny": Shape(4, 256, 4, 2, 64, 768),
@@ -67,24 +70,72 @@ def num_parameters(model: ModelConfig, vocab_size: int, memory: MemoryConfig | N
 
     The elastic memory adds none; without `memory` only the Transformer's own are counted.
     """
-    shape = shape_of(model)
+    shape, letters = shape_of(model), layer_letters(model)
     embeddings = vocab_size * shape.hidden_size * (1 if model.share_embeddings_and_output_weights else 2)
-    norms = 2 * shape.hidden_size + (2 * shape.kv_channels if model.qk_layernorm else 0)
-    own = embeddings + shape.num_layers * (_layer_matrices(shape) + norms) + shape.hidden_size
+    norms = 2 * shape.hidden_size * shape.num_layers + (
+        2 * shape.kv_channels if model.qk_layernorm else 0
+    ) * letters.count("*")
+    layers = sum(
+        _mixer_matrices(shape, letter) + _mixer_vectors(shape, letter) + _mlp_matrices(shape) for letter in letters
+    )
+    own = embeddings + layers + norms + shape.hidden_size
     return own if memory is None else own + memory_parameters(model, memory)
 
 
 def memory_parameters(model: ModelConfig, memory: MemoryConfig) -> int:
     """Parameters that the memory kind adds to the Transformer's."""
-    shape = shape_of(model)
-    return kind_of(memory).parameters(memory, shape, len(memory_layers(memory, shape.num_layers)))
+    return kind_of(memory).parameters(memory, shape_of(model), _layers_with_memory(model, memory))
 
 
-def _layer_matrices(shape: Shape) -> int:
+def layer_letters(model: ModelConfig) -> str:
+    """What each layer mixes tokens by: `*` attention, M Mamba-2, G Gated DeltaNet."""
+    layers, pattern = shape_of(model).num_layers, model.layer_pattern or "*"
+    return (pattern * layers)[:layers]
+
+
+def _mixer_matrices(shape: Shape, letter: str) -> int:
+    """Weights that every token is multiplied with, MLP apart; of M and G as Megatron-Core's layers have them."""
     query = shape.num_attention_heads * shape.kv_channels
+    if letter == "G":  # query, key, value, output gate of the same width, two gates per head, a convolution of 4 tokens
+        return (
+            shape.hidden_size * (4 * query + 2 * shape.num_attention_heads) + 4 * 3 * query + query * shape.hidden_size
+        )
+    if letter == "M":
+        inner, heads, groups = (
+            2 * shape.hidden_size,
+            2 * shape.hidden_size // MAMBA_HEAD,
+            2 * MAMBA_GROUPS * MAMBA_STATE,
+        )
+        return shape.hidden_size * (2 * inner + groups + heads) + 4 * (inner + groups) + inner * shape.hidden_size
     key_value = 2 * shape.num_query_groups * shape.kv_channels
-    attention = shape.hidden_size * (query + key_value) + query * shape.hidden_size
-    return attention + 3 * shape.hidden_size * shape.ffn_hidden_size
+    return shape.hidden_size * (query + key_value) + query * shape.hidden_size
+
+
+def _mixer_vectors(shape: Shape, letter: str) -> int:
+    """Other numbers of M and G: rates, steps, biases, inner norms."""
+    if letter == "G":
+        return 2 * shape.num_attention_heads + shape.kv_channels
+    if letter == "M":
+        inner = 2 * shape.hidden_size
+        return 3 * (inner // MAMBA_HEAD) + (inner + 2 * MAMBA_GROUPS * MAMBA_STATE) + inner
+    return 0
+
+
+def _mixer_recurrence(shape: Shape, letter: str) -> int:
+    """Multiply-adds of a token in the chunkwise recurrence: states read, written and (G) corrected, and its chunk."""
+    if letter == "G":
+        return shape.num_attention_heads * shape.kv_channels * (3 * shape.kv_channels + 2 * CHUNK)
+    return 2 * shape.hidden_size * (2 * MAMBA_STATE + CHUNK) if letter == "M" else 0
+
+
+def _mlp_matrices(shape: Shape) -> int:
+    return 3 * shape.hidden_size * shape.ffn_hidden_size
+
+
+def _layers_with_memory(model: ModelConfig, memory: MemoryConfig) -> int:
+    """How many attention layers have a memory."""
+    letters = layer_letters(model)
+    return sum(letters[layer] == "*" for layer in memory_layers(memory, len(letters)))
 
 
 def memory_layers(memory: MemoryConfig, num_layers: int) -> tuple[int, ...]:
@@ -115,9 +166,8 @@ def memory_layers(memory: MemoryConfig, num_layers: int) -> tuple[int, ...]:
 
 def memory_floats_per_sequence(model: ModelConfig, memory: MemoryConfig, sequence_length: int) -> int:
     """Numbers kept per sequence over all layers; of some kinds (`Kind.grows`) it grows with the sequence."""
-    shape = shape_of(model)
-    layers = len(memory_layers(memory, shape.num_layers))
-    return kind_of(memory).memory_floats(memory, shape, layers, sequence_length)
+    layers = _layers_with_memory(model, memory)
+    return kind_of(memory).memory_floats(memory, shape_of(model), layers, sequence_length)
 
 
 def weight_identity(model: ModelConfig, memory: MemoryConfig) -> tuple[object, ...]:
@@ -133,8 +183,10 @@ def flops_per_token(
     The Transformer's matrices; and what the memory kind counts: the triangle of the own block (L/2 keys on average), what
     is read of the memory, and writing it. A sample counts as one document.
     """
-    shape = shape_of(model)
-    layers = len(memory_layers(memory, shape.num_layers))
-    matrices = shape.num_layers * _layer_matrices(shape) + vocab_size * shape.hidden_size
+    shape, letters = shape_of(model), layer_letters(model)
+    layers = _layers_with_memory(model, memory)
+    mixers = sum(_mixer_matrices(shape, letter) + _mixer_recurrence(shape, letter) for letter in letters)
+    matrices = mixers + shape.num_layers * _mlp_matrices(shape) + vocab_size * shape.hidden_size
+    attention = replace(shape, num_layers=letters.count("*"))
     kind = kind_of(memory)
-    return 6.0 * matrices + kind.attention_flops(memory, shape, layers, sequence_length, context_parallel_size)
+    return 6.0 * matrices + kind.attention_flops(memory, attention, layers, sequence_length, context_parallel_size)

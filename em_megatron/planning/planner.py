@@ -76,6 +76,10 @@ def make_plan(
     if vocab_size is not None and vocab_size < 1:
         raise ConfigError(f"--vocab-size is {vocab_size}: it must be at least 1")
     config, cluster = load_config(recipe, overrides), Cluster(find_gpu(gpu), nodes, gpus_per_node)
+    if set(config.model.layer_pattern or "*") != {"*"}:
+        raise ConfigError(
+            "the memory of GPUs is planned for layers of attention, not yet for M and G of model.layer_pattern"
+        )
     if config.memory.kind not in PLANNED_KINDS:
         raise ConfigError(
             f"the memory of GPUs is planned for memory.kind {' and '.join(PLANNED_KINDS)}, not yet for "

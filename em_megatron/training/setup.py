@@ -239,6 +239,11 @@ def build_chunks(config: RunConfig, layout: Layout, vocab_size: int, initialize:
         chunks.append(model.to(cpu_backend.device()))
     if initialize:
         initialize_weights(chunks, config.seed, config.model.init_method_std, shape_of(config.model).num_layers)
+        if config.model.layer_pattern:
+            from em_megatron.model.linear_attention import initialize_recurrences
+
+            for chunk_of_model in chunks:
+                initialize_recurrences(chunk_of_model, config.seed)
     return chunks
 
 

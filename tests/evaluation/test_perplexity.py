@@ -88,9 +88,9 @@ def test_generate_streams_and_is_deterministic(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere", "--prompt", "a"), "no complete checkpoint in "),
+        pytest.param(("nowhere", "--prompt", "a"), "no complete checkpoint in ", marks=pytest.mark.slow),
         (("RUN", "--prompt", "a", "model.num_layers=3"), "model.* is fixed by the checkpoint"),
-        (("RUN", "--prompt", "a", "--top-p", "2"), "0 < top_p <= 1"),
+        pytest.param(("RUN", "--prompt", "a", "--top-p", "2"), "0 < top_p <= 1", marks=pytest.mark.slow),
     ],
 )
 def test_generate_refuses_in_one_sentence(trained, arguments, message):

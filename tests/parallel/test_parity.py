@@ -7,6 +7,7 @@ machine with GPUs `pytest -m gpu` runs the same cases over NCCL, those that the 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,12 @@ KINDS: dict[str, tuple[str, ...]] = {
         "memory.long_term_tokens=4",
         "memory.long_term_increment=2",
     ),
+    "gated delta net": ("model.layer_pattern=G*",),
 }
+WHOLE_SAMPLES = {
+    "melodi": (CP, CP4),
+    "gated delta net": (TP, CP, CP4),
+}  # refused axes: tests/test_config.py, tests/model
 # name → (ranks, overrides), for every kind; on the CPU the fast tests run the first two.
 KIND_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor + sequence": (2, (TP, SP, SELECTIVE, TWO)),
@@ -133,12 +139,14 @@ def kind_parameters() -> list[Any]:
     for device in ("cpu", "gpu"):
         for layout, (count, overrides) in KIND_LAYOUTS.items():
             for kind in KINDS:
-                if kind == "melodi" and (CP in overrides or CP4 in overrides):
-                    continue  # refused: tests/test_config.py
-                fast = layout in FAST_LAYOUTS or (kind == "melodi" and layout == "interleaved")
-                found.append(
-                    pytest.param(kind, layout, id=f"{kind}: {layout} on {device}", marks=marks(device, count, fast))
-                )
+                if set(WHOLE_SAMPLES.get(kind, ())) & set(overrides):
+                    continue
+                fast = layout in FAST_LAYOUTS or (kind in WHOLE_SAMPLES and layout == "interleaved")
+                when = marks(device, count, fast)
+                if kind == "gated delta net":
+                    missing = importlib.util.find_spec("fla") is None
+                    when.append(pytest.mark.skipif(missing, reason="needs flash-linear-attention"))
+                found.append(pytest.param(kind, layout, id=f"{kind}: {layout} on {device}", marks=when))
     return found
 
 

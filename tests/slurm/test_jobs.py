@@ -49,6 +49,7 @@ def test_a_job_on_two_nodes_checks_them_and_runs_to_the_end(box: SlurmBox, corpu
     assert_same(tmp_path / "whole", undisturbed, tmp_path)
 
 
+@pytest.mark.slow  # the preempted job goes the same way
 def test_usr1_saves_queues_again_and_resumes_exactly(box: SlurmBox, corpus, undisturbed, tmp_path):
     output, run = tmp_path / "job.out", tmp_path / "asked"
     number = submit(box, output, "pretrain_1b.sh", *overrides(corpus, tmp_path, "asked", STEPS, save_interval=1000))
@@ -136,6 +137,7 @@ def test_a_killed_rank_and_a_node_that_dies(box: SlurmBox, corpus, undisturbed, 
     assert_same(run, undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_saves_and_goes_on_with_another_number_of_nodes(box: SlurmBox, corpus, undisturbed, tmp_path):
     output, run = tmp_path / "job.out", tmp_path / "moved"
     arguments = overrides(corpus, tmp_path, "moved", STEPS, save_interval=1000)
@@ -153,6 +155,7 @@ def test_a_cancelled_job_saves_and_goes_on_with_another_number_of_nodes(box: Slu
     assert [row[2] for row in actual] == pytest.approx([row[2] for row in expected], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_array_compares_variants(box: SlurmBox, corpus, tmp_path):
     """The last task, whose number also stands for the whole array, is queued again alone."""
     variants = tmp_path / "variants.txt"
