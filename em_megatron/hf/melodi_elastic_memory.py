@@ -22,7 +22,8 @@ class WindowMemory:
     """What a layer keeps between calls; every tensor is replaced, never changed.
 
     tokens: read so far. keys, values: of the window at hand, unrotated, [g, hk, filled, d]. outputs: of the layer for
-    them, [g, filled, D]. short: short-term tokens [g, S, D]. long_keys, long_values: [g, hk, ≤ G, d].
+    them, [g, filled, D]. short: short-term tokens [g, S, D]; short_keys, short_values: theirs, [g, hk, S, d], worked out
+    once for all tokens of the next window. long_keys, long_values: [g, hk, ≤ G, d].
     """
 
     tokens: int = 0
@@ -30,6 +31,8 @@ class WindowMemory:
     values: Tensor | None = None
     outputs: Tensor | None = None
     short: Tensor | None = None
+    short_keys: Tensor | None = None
+    short_values: Tensor | None = None
     long_keys: Tensor | None = None
     long_values: Tensor | None = None
 
@@ -46,9 +49,16 @@ class WindowMemory:
         keys, values = joined(self.long_keys, key, 2), joined(self.long_values, value, 2)
         return replace(self, long_keys=keys[:, :, -most:], long_values=values[:, :, -most:])
 
-    def next_window(self, short: Tensor) -> WindowMemory:
-        """At a window's end."""
-        return replace(self, keys=None, values=None, outputs=None, short=short)
+    def next_window(self, short: Tensor, key: Tensor, value: Tensor) -> WindowMemory:
+        """At a window's end: the short-term tokens, and their keys and values."""
+        return replace(self, keys=None, values=None, outputs=None, short=short, short_keys=key, short_values=value)
+
+    @property
+    def short_pair(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the short-term tokens; None in a document's first window."""
+        if self.short_keys is None or self.short_values is None:
+            return None
+        return self.short_keys, self.short_values
 
 
 def joined(before: Tensor | None, new: Tensor, dim: int) -> Tensor:

@@ -206,8 +206,7 @@ class MelodiDecoderLayer(ElasticMemoryDecoderLayer):
         window = WindowMemory(tokens=memory.tokens, **memory.kept)
         query, *own = self.self_attn.project(self.input_layernorm(x))
         window = window.with_window(*own)
-        short = None if window.short is None else self._keys_and_values(window.short)
-        out = window_attention(query, window, short, self.long_gate, self.config.rope_theta)
+        out = window_attention(query, window, window.short_pair, self.long_gate, self.config.rope_theta)
         x = x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
         x = x + self.mlp(self.post_attention_layernorm(x))
         window = window.with_outputs(x, x.shape[1] - summary)
@@ -229,8 +228,8 @@ class MelodiDecoderLayer(ElasticMemoryDecoderLayer):
             new = self._keys_and_values(self.long_mixer(normed))
             window = window.with_long(*new, self.config.memory_long_term_tokens)
         assert window.outputs is not None
-        last = window.outputs[:, -self.config.memory_short_term_tokens :]
-        return window.next_window(last + self.short_mixer(normed))
+        short = window.outputs[:, -self.config.memory_short_term_tokens :] + self.short_mixer(normed)
+        return window.next_window(short, *self._keys_and_values(short))
 
 
 class ElasticMemoryPreTrainedModel(PreTrainedModel):

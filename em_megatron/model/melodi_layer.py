@@ -164,11 +164,10 @@ class MelodiLayer(MegatronModule):
             made = summary if self.summary_mixer is None else summary + self.summary_mixer(normed)
             out += [own, made]
             if window + 1 < windows.count:
-                _, key, value = self._project(self.input_layernorm(summary + self.short_mixer(normed)))
-                short = (rotated(key.permute(1, 2, 0, 3), 0, base), value.permute(1, 2, 0, 3))
+                key, value = self._keys_and_values(summary + self.short_mixer(normed))
+                short = (rotated(key, 0, base), value)
                 if self.long_mixer is not None:
-                    _, key, value = self._project(self.input_layernorm(self.long_mixer(normed)))
-                    long = [*long, (key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3))][-windows.long_windows :]
+                    long = [*long, self._keys_and_values(self.long_mixer(normed))][-windows.long_windows :]
         return torch.cat(out)
 
     def _core(
@@ -205,6 +204,11 @@ class MelodiLayer(MegatronModule):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key, value
 
+    def _keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of memory tokens [n, b, D], through the input norm: [b, hk, n, d] each, unrotated."""
+        _, key, value = self._project(self.input_layernorm(tokens))
+        return key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+
     def _after_attention(self, x: Tensor, context: Tensor) -> Tensor:
         """Output projection and MLP with their residuals: x [n, b, D], context [n, b, hq·d] → [n, b, D]."""
         x = x + self._dropped(self.linear_proj(context)[0])
@@ -220,12 +224,8 @@ class MelodiLayer(MegatronModule):
         summary = self.inner.memory.short_term_tokens if layer.memory_ends(tokens) else 0
         query, key, value = (part.permute(1, 2, 0, 3) for part in self._project(self.input_layernorm(x)))
         memory = memory.with_window(key, value)
-        short = None
-        if memory.short is not None:
-            _, *pair = self._project(self.input_layernorm(memory.short.transpose(0, 1)))
-            short = (pair[0].permute(1, 2, 0, 3), pair[1].permute(1, 2, 0, 3))
         gate = self.long_gate.weight if self.long_gate is not None else None
-        context = window_attention(query, memory, short, gate, self.inner.rotary_base)
+        context = window_attention(query, memory, memory.short_pair, gate, self.inner.rotary_base)
         after = self._after_attention(x, context.permute(2, 0, 1, 3).flatten(2))
         memory = memory.with_outputs(after.transpose(0, 1), tokens - summary)
         layer.memory = memory if not summary else self._next_window(memory)
@@ -240,9 +240,8 @@ class MelodiLayer(MegatronModule):
         outputs = memory.outputs.transpose(0, 1)
         normed = self.mixer_norm(outputs)
         if self.long_mixer is not None:
-            _, key, value = self._project(self.input_layernorm(self.long_mixer(normed)))
             memory = memory.with_long(
-                key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), self.inner.memory.long_term_tokens
+                *self._keys_and_values(self.long_mixer(normed)), self.inner.memory.long_term_tokens
             )
         short = outputs[-self.inner.memory.short_term_tokens :] + self.short_mixer(normed)
-        return memory.next_window(short.transpose(0, 1))
+        return memory.next_window(short.transpose(0, 1), *self._keys_and_values(short))

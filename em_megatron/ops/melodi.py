@@ -42,7 +42,7 @@ class Windows:
         """Who sees whom, [b, 1, W+U, (S+) W+U] bool; None where plain causal attention is right."""
         if not self.layout.shared_blocks and (not with_short or self.all_read(window)):
             return None
-        name = ("own mask", window, with_short)
+        name = ("own mask", window, with_short, self.summary)
         if name not in self.layout.derived:
             self.layout.derived[name] = self._own_mask(window, with_short)
         found: Tensor = self.layout.derived[name]

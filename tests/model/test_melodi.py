@@ -12,6 +12,7 @@ from em_megatron.model.initialization import initialize_weights
 from em_megatron.model.language_model import build_model, memory_cache
 from em_megatron.model.sizes import memory_parameters, num_parameters
 from em_megatron.ops.block_layout import BlockLayout
+from em_megatron.ops.melodi import Windows
 from tests.conftest import FP64
 from tests.one_rank import one_rank, tiny_config
 
@@ -182,6 +183,16 @@ def test_changing_one_document_leaves_the_others_bit_identical(layout):
             after = model(torch.where(mine, (tokens + 7) % VOCAB, tokens), None, None, packed_seq_params=blocks)
             assert torch.equal(after[~mine], before[~mine]), f"sample {row}, tokens {start} to {stop}"
             assert not torch.equal(after[mine], before[mine])
+
+
+def test_a_layout_serves_models_of_different_sizes():
+    """Masks are kept with the layout: one for every number of summary tokens."""
+    blocks = BlockLayout.from_segment_ids(SEGMENTS, WINDOW)
+    for tokens in (2, 3):
+        memory = tiny_config(*MELODI, f"memory.short_term_tokens={tokens}").memory
+        mask = Windows(blocks, memory).own_mask(1, with_short=True)
+        assert mask is not None
+        assert mask.shape == (2, 1, WINDOW + tokens, tokens + WINDOW + tokens)
 
 
 def test_the_gradient_reaches_the_first_window_from_the_last(layout):
