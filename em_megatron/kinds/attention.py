@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from em_megatron.kinds.base import Kind, history_share, mean_history, per_key
+from em_megatron.kinds.base import Kind, history_share, per_key
 from em_megatron.kinds.elastic import sampler_text
 
 if TYPE_CHECKING:
@@ -22,11 +22,8 @@ class BlockLocal(Kind):
         return False
 
 
-class Full(Kind):
-    """Causal attention over the document: the ceiling in quality, whose memory is the context."""
-
-    name = "full"
-    detaches = False
+class KeepsAll(Kind):
+    """A kind that keeps the keys and values of the whole context."""
 
     def memory_floats(self, memory: MemoryConfig, shape: Shape, layers: int, sequence_length: int) -> int:
         """2·T·d·h per layer: all keys and values."""
@@ -34,6 +31,13 @@ class Full(Kind):
 
     def grows(self, memory: MemoryConfig) -> bool:
         return True
+
+
+class Full(KeepsAll):
+    """Causal attention over the document: the ceiling in quality, whose memory is the context."""
+
+    name = "full"
+    detaches = False
 
     def attention_flops(
         self, memory: MemoryConfig, shape: Shape, layers: int, sequence_length: int, context_parallel_size: int
@@ -64,18 +68,12 @@ class TransformerXL(Kind):
         return "keys and values of the block before"
 
 
-class Subsample(Kind):
-    """S raw keys and values at the sampler's moments, no compression: all of the history has to be kept for it."""
+class Subsample(KeepsAll):
+    """S raw keys and values at the sampler's moments, no compression: which are read changes with the length of the
+    history, so all have to be kept."""
 
     name = "subsample"
     reads_sampler = True
-
-    def memory_floats(self, memory: MemoryConfig, shape: Shape, layers: int, sequence_length: int) -> int:
-        """2·T·d·h per layer: which tokens are read changes with the length of the history, so all are kept."""
-        return layers * 2 * sequence_length * shape.kv_channels * shape.num_query_groups
-
-    def grows(self, memory: MemoryConfig) -> bool:
-        return True
 
     def attention_flops(
         self, memory: MemoryConfig, shape: Shape, layers: int, sequence_length: int, context_parallel_size: int
@@ -85,8 +83,3 @@ class Subsample(Kind):
 
     def describe(self, memory: MemoryConfig) -> str:
         return f"{memory.slots} raw tokens, {sampler_text(memory)}"
-
-
-def mean_keys(memory: MemoryConfig, sequence_length: int, limit: int) -> float:
-    """Entries of a FIFO of `limit` tokens that a query of a one-document sample meets on average."""
-    return mean_history(memory.block_length, sequence_length, limit)

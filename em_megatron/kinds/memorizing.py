@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from em_megatron.kinds.attention import mean_keys
-from em_megatron.kinds.base import Kind, per_key
+from em_megatron.kinds.base import Kind, mean_history, per_key
 
 if TYPE_CHECKING:
     from em_megatron.config import MemoryConfig
@@ -31,7 +30,7 @@ class Memorizing(Kind):
         self, memory: MemoryConfig, shape: Shape, layers: int, sequence_length: int, context_parallel_size: int
     ) -> float:
         """Scores of all pairs that are there, and values of those that are read."""
-        found = mean_keys(memory, sequence_length, memory.pairs)
+        found = mean_history(memory.block_length, sequence_length, memory.pairs)
         read = min(memory.top_k, found) if memory.top_k else found
         local = shape.num_layers * memory.block_length / 2
         return 6.0 * per_key(shape) * (local + layers * (found + read) / 2)

@@ -178,6 +178,23 @@ def test_a_detached_memory_has_no_gradient(kind):
         assert bool(gradient[:25].abs().max() > 0) != detach
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_operator_on_a_gpu(kind):
+    """In fp32 against the CPU in fp64, outputs and every gradient by name."""
+    named, memory = draw(kind), memory_of(kind)
+    expected = operate(named, BlockLayout.from_segment_ids(SEGMENTS, LENGTH), memory)
+    weight = torch.randn_like(expected) * (SEGMENTS > 0).T[..., None, None]
+    truth = {"out": expected.detach() * (weight != 0), **gradients(expected, weight, named)}
+    there = {name: x.detach().float().cuda().requires_grad_() for name, x in named.items()}
+    out = operate(there, BlockLayout.from_segment_ids(SEGMENTS, LENGTH, torch.device("cuda")), memory)
+    ours = {"out": out.detach() * (weight != 0).cuda(), **gradients(out, weight.float().cuda(), there)}
+    for name, wanted in truth.items():
+        error = (ours[name].double().cpu() - wanted).norm() / wanted.norm()
+        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+
+
 def on_ranks(kind: str, named: dict[str, Tensor], weight: Tensor, segments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's part of the output, and its gradients: of its part of the signal, and its share of the parameters'."""
     import torch.distributed as dist
