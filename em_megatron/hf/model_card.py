@@ -12,7 +12,14 @@ from em_megatron.config import MemoryConfig
 from em_megatron.hf.export import Source
 from em_megatron.hf.verification import TOLERANCE, Comparison
 from em_megatron.kinds import kind_of
-from em_megatron.model.sizes import memory_floats_per_sequence, memory_layers, num_parameters, shape_of
+from em_megatron.model.sizes import (
+    flops_per_token,
+    memory_floats_per_sequence,
+    memory_layers,
+    memory_parameters,
+    num_parameters,
+    shape_of,
+)
 from em_megatron.training.restore import reader_of
 
 _HEADER = """---
@@ -53,6 +60,7 @@ def model_card(source: Source, compared: Comparison) -> str:
     model, memory, shape = source.config.model, source.config.memory, shape_of(source.config.model)
     parameters = num_parameters(model, source.rows[0].shape[0], memory)
     layers = len(memory_layers(memory, shape.num_layers))
+    flops = flops_per_token(model, memory, source.rows[0].shape[0], source.config.data.sequence_length)
     facts = [
         ("parameters", f"{parameters:,}"),
         ("layers", f"{shape.num_layers} ({layers} with memory)"),
@@ -61,6 +69,8 @@ def model_card(source: Source, compared: Comparison) -> str:
         ("block length", f"{memory.block_length} tokens"),
         ("memory", reader_of(memory)),
         ("memory floats per sequence", _floats(source)),
+        ("parameters of the memory", f"{memory_parameters(model, memory):,}"),
+        ("FLOPs per token of training", f"{flops / 1e6:,.1f} million"),
         ("vocabulary", f"{source.vocabulary.size:,} (rows of the embedding: {source.rows[0].shape[0]:,})"),
         ("weights", str(source.dtype).removeprefix("torch.")),
     ]  # fmt: skip
