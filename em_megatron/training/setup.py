@@ -30,7 +30,7 @@ from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.model.carried_memory import CarriedMemory
 from em_megatron.model.initialization import initialize_weights
 from em_megatron.model.language_model import attach_carried_memory, build_model, model_chunks, transformer_config
-from em_megatron.model.sizes import padded_vocab_size, shape_of
+from em_megatron.model.sizes import memory_layers, padded_vocab_size, shape_of
 from em_megatron.parallel import cpu_backend
 from em_megatron.parallel.process_groups import Layout, initialize
 from em_megatron.training.bad_batches import BadBatches
@@ -319,10 +319,16 @@ def check_continues(config: RunConfig, checkpoint: Path) -> None:
     check_same_weights(saved, config, checkpoint)
     for key in (*FIXED, *(FIXED_WITH_CARRIED_MEMORY if config.memory.carry_memory else ())):
         before, now = attrgetter(key)(saved), attrgetter(key)(config)
+        if key == "memory.layers" and _memory_layers(saved) == _memory_layers(config):
+            continue  # the same layers by another name
         if before != now:
             raise ConfigError(
                 f"{key} was {before} when {checkpoint.name} was saved and is {now} now: keep it, or choose another name"
             )
+
+
+def _memory_layers(config: RunConfig) -> tuple[int, ...]:
+    return memory_layers(config.memory, shape_of(config.model).num_layers)
 
 
 def _resume(run: Run, newest: Path) -> None:

@@ -159,8 +159,10 @@ def test_what_carried_states_depend_on_may_not_change(chain_corpus, runs):
         "memory.carry_memory=false": f"memory.carry_memory was True when {checkpoint.name} was saved and is False now",
         "training.global_batch_size=8": "training.global_batch_size was 4",
         "memory.order=12": "memory.order was 16",
-        "memory.layers=0": "memory.layers was all",
+        "memory.layers=0": "memory.layers was auto",
     }.items():
         config = run_config(chain_corpus, folder, *MODEL, "memory.carry_memory=true", override)
         with pytest.raises(ConfigError, match=message):
             check_continues(config, checkpoint)
+    same = run_config(chain_corpus, folder, *MODEL, "memory.carry_memory=true", "memory.layers=all")
+    check_continues(same, checkpoint)  # the same layers by another name
