@@ -28,9 +28,9 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient[ctx.group.rank()], None
+        total = gradient.clone(memory_format=torch.contiguous_format)  # others may hold it too
+        dist.all_reduce(total, group=ctx.group)
+        return total[ctx.group.rank()], None
 
 
 def gather(x: Tensor, group: Any) -> Tensor:
