@@ -18,6 +18,7 @@ from torch import Tensor
 
 Kept = dict[str, Tensor]  # what a layer keeps of the text, by name, each [g, hk, …]
 Weights = Mapping[str, Tensor]  # the kind's own parameters of a layer, by name
+QUERIES_AT_ONCE = 512  # bounds the scores held in memory
 
 
 class Steps:
@@ -53,10 +54,15 @@ class Steps:
         if first:
             key, value = torch.cat([kept["keys"], key], 2), torch.cat([kept["values"], value], 2)
         past = {name: x for name, x in kept.items() if name not in ("keys", "values")}
-        if self.has_memory and tokens >= self.block_length:
-            out = self.read(query, key, value, past, tokens - first, weights)
-        else:
-            out = self.local(query, key, value)
+        parts, last = [], first
+        for part in query.split(QUERIES_AT_ONCE, 2):
+            last += part.shape[2]
+            own = key[:, :, :last], value[:, :, :last]
+            if self.has_memory and tokens >= self.block_length:
+                parts.append(self.read(part, *own, past, tokens - first, weights))
+            else:
+                parts.append(self.local(part, *own))
+        out = torch.cat(parts, 2)
         if key.shape[2] < self.block_length:
             return out, {**past, "keys": key, "values": value}
         return out, self.close(past, key, value, tokens - first) if self.has_memory else {}
@@ -143,7 +149,8 @@ class Memorizing(Steps):
 
     def read(self, query: Tensor, key: Tensor, value: Tensor, past: Kept, history: int, weights: Weights) -> Tensor:
         turned = normalised(query) * weights["scale"].to(query.dtype)[:, None, None]
-        read = best_pairs(turned, past["past_keys"], past["past_values"], self.top_k)
+        keys, values = (past[name][:, :, -self.pairs :] for name in ("past_keys", "past_values"))  # may be fewer now
+        read = best_pairs(turned, keys, values, self.top_k)
         return gated(read, self.local(query, key, value), weights["gate"])
 
     def close(self, past: Kept, key: Tensor, value: Tensor, history: int) -> Kept:
@@ -167,7 +174,8 @@ def positive(x: Tensor) -> Tensor:
 def associations(query: Tensor, matrix: Tensor, normalizer: Tensor) -> Tensor:
     """φ(Q) M / (φ(Q) z): query [g, hq, n, d], M [g, hk, d, d], z [g, hk, d] → [g, hq, n, d] in fp32 or better."""
     found = positive(query).unflatten(1, (matrix.shape[1], -1))
-    read = (found @ matrix[:, :, None]) / (found @ normalizer[:, :, None, :, None])
+    with torch.autocast(query.device.type, enabled=False):
+        read = (found @ matrix[:, :, None]) / (found @ normalizer[:, :, None, :, None])
     return read.flatten(1, 2)
 
 
@@ -180,11 +188,12 @@ def association_update(
     """
     found = positive(key)
     value, total = value.to(found.dtype), found.sum(2)
-    if matrix is None or normalizer is None:
-        return found.transpose(-1, -2) @ value, total
-    if update == "delta":
-        value = value - (found @ matrix) / (found @ normalizer[..., None])
-    return matrix + found.transpose(-1, -2) @ value, normalizer + total
+    with torch.autocast(key.device.type, enabled=False):  # a late block adds less than bf16 can tell from nothing
+        if matrix is None or normalizer is None:
+            return found.transpose(-1, -2) @ value, total
+        if update == "delta":
+            value = value - (found @ matrix) / (found @ normalizer[..., None])
+        return matrix + found.transpose(-1, -2) @ value, normalizer + total
 
 
 def normalised(x: Tensor) -> Tensor:

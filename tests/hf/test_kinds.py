@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from em_megatron.hf import kinds_elastic_memory
 from em_megatron.hf.cache_elastic_memory import ElasticMemoryCache
+from em_megatron.hf.kinds_elastic_memory import association_update, associations
 from tests.conftest import FP64
 from tests.hf.tiny_model import GREEDY, left_padded, make
 
@@ -113,3 +115,27 @@ def test_readers_that_a_kind_does_not_have_are_refused(kind):
 def test_a_configuration_that_cannot_be(changes, words):
     with pytest.raises(ValueError, match=words):
         make(**changes)
+
+
+@pytest.mark.parametrize("update", ["linear", "delta"])
+def test_associations_stay_exact_under_autocast(update):
+    """In bf16 a late block would add less than the matrix can tell from nothing."""
+    generator = torch.Generator().manual_seed(0)
+    kept, exact = (None, None), (None, None)
+    for _ in range(40):
+        key, value = (torch.randn(1, 2, 8, 6, generator=generator) for _ in range(2))
+        with torch.autocast("cpu", torch.bfloat16):
+            kept = association_update(key, value, update, *kept)
+        exact = association_update(key.double(), value.double(), update, *exact)
+    query = torch.randn(1, 4, 8, 6, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        read = associations(query, *kept)
+    for found, truth in ((kept[0], exact[0]), (kept[1], exact[1]), (read, associations(query.double(), *exact))):
+        assert found.dtype == torch.float32
+        assert (found - truth).norm() < 1e-5 * truth.norm()
+
+
+def test_queries_in_parts_are_the_same(model, ids, monkeypatch):
+    expected = model(ids).logits
+    monkeypatch.setattr(kinds_elastic_memory, "QUERIES_AT_ONCE", 3)
+    torch.testing.assert_close(model(ids).logits, expected, **FP64)
