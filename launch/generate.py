@@ -17,7 +17,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="generate.py",
         description="Streams text from a checkpoint, or through transformers from a folder of launch/export_hf.py. The "
-        "memory has a fixed size: a prompt may be as long as you like, or never end. Its reader can be changed without "
+        "memory has a fixed size (that of memory.kind full and subsample grows): a prompt may be as long as you like, or "
+        "never end. Its reader can be changed without "
         "retraining: memory.slots=64 memory.sampler=uniform memory.order=32 (or --memory.slots=64).",
     )
     parser.add_argument(

@@ -13,8 +13,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="import_hf.py",
         description="Reads a Hugging Face folder of safetensors, one of launch/export_hf.py or a Llama-style model "
         "(Llama, Mistral without a window, Qwen3), into a run folder with one checkpoint of weights. Such a run can be "
-        "evaluated, generated from and exported, and be the start of another: checkpoint.initial_load_path=RUN. The memory has no weights: a "
-        "Llama-style model goes on training with Elastic Memory switched on. Alone, or under torchrun with "
+        "evaluated, generated from and exported, and be the start of another: checkpoint.initial_load_path=RUN. Elastic "
+        "Memory has no weights: a Llama-style model goes on training with it switched on. Alone, or under torchrun with "
         "parallel.tensor_model_parallel_size=N for a model that does not fit one device.",
     )
     parser.add_argument("folder", type=Path, help="Hugging Face folder")

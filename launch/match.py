@@ -9,10 +9,10 @@ from pathlib import Path
 
 from em_megatron.config import ConfigError, load_config
 
-DEFAULT_VOCAB_SIZE = 32000
-
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    from em_megatron.planning.planner import DEFAULT_VOCAB_SIZE
+
     parser = argparse.ArgumentParser(
         prog="match.py",
         description="Takes the Elastic Memory of a recipe as 1x, and gives every other memory kind the sizes with which it "

@@ -15,11 +15,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from em_megatron.config import RunConfig
 from em_megatron.hf.cache_elastic_memory import ElasticMemoryCache
-from em_megatron.hf.config_mapping import MEMORY, MODEL
+from em_megatron.hf.config_mapping import shared_fields
 from em_megatron.hf.configuration_elastic_memory import ElasticMemoryConfig
 from em_megatron.hf.modeling_elastic_memory import CACHE, ElasticMemoryForCausalLM
 from em_megatron.model.language_model import PRECISIONS
-from em_megatron.model.sizes import memory_layers, shape_of
 
 MOST_POSITIONS = 2**30  # said to the peer, which makes no table of them
 
@@ -78,13 +77,7 @@ class TransformersBackend:
 
 def exported_config(config: RunConfig, vocabulary: int) -> ElasticMemoryConfig:
     """As an export of such a run has it, less token ids and length in training; `vocabulary` is the padded one."""
-    fields = {theirs: getattr(config.model, ours) for ours, theirs in MODEL.items()}
-    fields |= {theirs: getattr(config.memory, ours) for ours, theirs in MEMORY.items()}
-    return ElasticMemoryConfig(
-        vocab_size=vocabulary,
-        memory_layers=memory_layers(config.memory, shape_of(config.model).num_layers),
-        **fields,
-    )
+    return ElasticMemoryConfig(vocab_size=vocabulary, **shared_fields(config))
 
 
 def peer_config(ours: ElasticMemoryConfig) -> Any:

@@ -332,7 +332,7 @@ class ElasticMemoryCache(Cache):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is damaged, or was written with other weights or blocks.
+            ValueError: it is damaged, or was written with other weights, blocks or sizes of the memory.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {path}")
@@ -343,7 +343,9 @@ class ElasticMemoryCache(Cache):
         except SafetensorError as error:
             raise ValueError(f"{path} is no whole memory ({error}): save it again") from None
         if facts.get("fingerprint") != model.fingerprint():
-            raise ValueError(f"{path} was written by a model with other weights or blocks: read the text again")
+            raise ValueError(
+                f"{path} was written by a model with other weights, blocks or sizes of the memory: read the text again"
+            )
         cache = cls(model.config)
         cache.columns = int(facts["columns"])
         for g in range(sum(name.endswith(".tokens") for name in facts)):

@@ -61,18 +61,23 @@ def hugging_face_config(config: RunConfig, vocabulary: Vocabulary) -> ElasticMem
     """What a run's model is to `transformers`; rows of the embedding without a token stay."""
     from em_megatron.hf.configuration_elastic_memory import ElasticMemoryConfig
 
-    fields: dict[str, Any] = {theirs: getattr(config.model, ours) for ours, theirs in MODEL.items()}
-    fields |= {theirs: getattr(config.memory, ours) for ours, theirs in MEMORY.items()}
     return ElasticMemoryConfig(
         vocab_size=padded_vocab_size(vocabulary.size, config.model.make_vocab_size_divisible_by),
         training_length=config.data.sequence_length,
-        memory_kind="elastic" if config.memory.kind == "block_local" else config.memory.kind,
-        memory_layers=memory_layers(config.memory, shape_of(config.model).num_layers),
         bos_token_id=vocabulary.bos_id,
         eos_token_id=vocabulary.eos_id,
         pad_token_id=vocabulary.pad_id,
-        **fields,
+        **shared_fields(config),
     )
+
+
+def shared_fields(config: RunConfig) -> dict[str, Any]:
+    """What the recipe says of model and memory, in the names of `transformers`."""
+    fields: dict[str, Any] = {theirs: getattr(config.model, ours) for ours, theirs in MODEL.items()}
+    fields |= {theirs: getattr(config.memory, ours) for ours, theirs in MEMORY.items()}
+    fields["memory_kind"] = "elastic" if config.memory.kind == "block_local" else config.memory.kind
+    fields["memory_layers"] = memory_layers(config.memory, shape_of(config.model).num_layers)
+    return fields
 
 
 def take_model(model: ModelConfig, fields: dict[str, Any]) -> None:
@@ -89,7 +94,7 @@ def take_memory(memory: MemoryConfig, fields: dict[str, Any]) -> None:
     layers, everywhere = list(fields["memory_layers"]), list(range(fields["num_hidden_layers"]))
     kind = fields["memory_kind"]
     memory.kind = "block_local" if kind == "elastic" and not layers else kind
-    if layers:
-        memory.layers = "all" if layers == everywhere else ",".join(map(str, layers))
+    if memory.kind == "block_local" or layers == everywhere:
+        memory.layers = "all"
     else:
-        memory.layers = "all" if memory.kind == "block_local" else "none"
+        memory.layers = ",".join(map(str, layers)) or "none"

@@ -9,8 +9,14 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 SAMPLERS = ("uniform", "exponential", "window", "points")
-KINDS = ("elastic", "full", "transformer_xl", "subsample", "infini", "memorizing", "melodi")
+KINDS = ("elastic", "block_local", "full", "transformer_xl", "subsample", "infini", "memorizing", "melodi")
 DISCRETIZATIONS = ("exact", "zero_order_hold", "bilinear", "forward_euler", "backward_euler")
+
+
+def reader_kinds(name: str) -> tuple[str, ...]:
+    """The kinds whose field of the configuration may change after training."""
+    own = {"memory_order": ("elastic",), "memory_pairs": ("memorizing",), "memory_top_k": ("memorizing",)}
+    return own.get(name, ("elastic", "subsample"))
 
 
 class ElasticMemoryConfig(PretrainedConfig):
@@ -26,8 +32,8 @@ class ElasticMemoryConfig(PretrainedConfig):
         training_length: tokens per sample in training.
         max_position_embeddings: for tools that ask; the model has no maximum.
         block_length: tokens per block, L.
-        memory_kind: elastic; full (causal attention), transformer_xl (the block before), subsample (raw tokens at the
-            moments), infini, memorizing, melodi.
+        memory_kind: elastic; block_local (none: exports say elastic without layers), full (causal attention),
+            transformer_xl (the block before), subsample (raw tokens at the moments), infini, memorizing, melodi.
         memory_layers: layers (from 0) that have a memory (melodi: a long-term one); None: all.
         memory_order: polynomial coefficients kept per head and channel, N.
         memory_slots: moments read back per block, S.
@@ -135,7 +141,7 @@ class ElasticMemoryConfig(PretrainedConfig):
             raise ValueError(f"memory_update '{self.memory_update}' is unknown: choose linear or delta")
         if not isinstance(self.memory_top_k, int) or self.memory_top_k < 0:
             raise ValueError(f"memory_top_k is {self.memory_top_k}: it must be a whole number of at least 0")
-        if self.memory_long_term_tokens % self.memory_long_term_increment:
+        if self.memory_kind == "melodi" and self.memory_long_term_tokens % self.memory_long_term_increment:
             raise ValueError(
                 f"memory_long_term_tokens {self.memory_long_term_tokens} is not a multiple of "
                 f"memory_long_term_increment {self.memory_long_term_increment}"

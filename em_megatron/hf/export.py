@@ -1,6 +1,6 @@
 """A distributed checkpoint of any layout → a Hugging Face folder that carries its own code.
 
-    checkpoint/  ──table──▶  safetensors + config.json + 6 Python files + tokenizer + model card  ──▶ compared with Megatron
+    checkpoint/  ──table──▶  safetensors + config.json + 7 Python files + tokenizer + model card  ──▶ compared with Megatron
 
 Weights are read on the CPU, tensor by tensor, without the world that trained them.
 """
@@ -23,14 +23,14 @@ from em_megatron.checkpoint.folder import CheckpointError, damage, find_checkpoi
 from em_megatron.config import ConfigError, RunConfig
 from em_megatron.data.manifest import TOKENIZER_NAME
 from em_megatron.data.vocabulary import Vocabulary
-from em_megatron.hf.config_mapping import hugging_face_config
+from em_megatron.hf.config_mapping import MEMORY, hugging_face_config
 from em_megatron.hf.generation import READER_KEYS
 from em_megatron.hf.weight_mapping import ConversionError, Row, check_complete, table, to_hugging_face
 from em_megatron.model.sizes import padded_vocab_size, shape_of
 from em_megatron.training.restore import saved_config
 
 RECIPE_NAME = "training_recipe.yaml"
-CODE = ("configuration", "hippo", "kinds", "melodi", "cache", "modeling")
+CODE = ("configuration", "hippo", "kinds", "melodi", "cache", "layers", "modeling")
 AUTO_MAP = {
     "AutoConfig": "configuration_elastic_memory.ElasticMemoryConfig",
     "AutoModel": "modeling_elastic_memory.ElasticMemoryModel",
@@ -75,6 +75,7 @@ def open_checkpoint(path: Path, overrides: Sequence[str], dtype: str = "stored")
     if reason := damage(checkpoint):
         raise CheckpointError(f"{checkpoint} cannot be exported: {reason}")
     config = saved_config(checkpoint, overrides)
+    _check_reader(config.memory.kind, overrides)
     if config.model.layer_pattern and set(config.model.layer_pattern) != {"*"}:
         raise ConfigError(
             f"{checkpoint} has layers M or G (model.layer_pattern '{config.model.layer_pattern}'), which the exported class "
@@ -88,6 +89,16 @@ def open_checkpoint(path: Path, overrides: Sequence[str], dtype: str = "stored")
     check_complete(expected, found, str(checkpoint))
     step = int(json.loads((checkpoint / "train_state.json").read_text())["step"])
     return Source(checkpoint, config, vocabulary, rows, DTYPES.get(dtype) or _one_dtype(weights), step)
+
+
+def _check_reader(kind: str, overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a reader that the memory kind does not have."""
+    from em_megatron.hf.configuration_elastic_memory import reader_kinds
+
+    kind = "elastic" if kind == "block_local" else kind
+    for override in overrides:
+        if kind not in reader_kinds(MEMORY[override.removeprefix("memory.").partition("=")[0]]):
+            raise ConfigError(f"override '{override}' has no place in a memory of kind '{kind}': leave it out")
 
 
 def _one_dtype(weights: dict[str, StoredTensor]) -> torch.dtype:

@@ -2,7 +2,7 @@
 
     config.json + *.safetensors  ──table──▶  Megatron model  ──▶  RUN/checkpoints/step_00000000, RUN/tokenizer.model
 
-The memory has no weights, so a model trained with full attention can go on training with it.
+Elastic Memory has no weights, so a model trained with full attention can go on training with it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from em_megatron.hf.weight_mapping import (
     tensor_parallel_part,
     to_megatron,
 )
-from em_megatron.model.sizes import padded_vocab_size, shape_of
+from em_megatron.model.sizes import padded_vocab_size, shape_of, weight_identity
 from em_megatron.validate import validate
 
 OVERRIDES = ("memory.", "data.", "parallel.tensor_model_parallel_size=", "training.precision=")
@@ -135,7 +135,14 @@ def run_config(folder: HubFolder, out: Path, overrides: Sequence[str]) -> RunCon
     for override in overrides:
         if not override.startswith(OVERRIDES):
             raise ConfigError(f"override '{override}' has no place in an import: these do: {', '.join(OVERRIDES)}")
-    return load_config(config, overrides)
+    there = weight_identity(config.model, config.memory)
+    config = load_config(config, overrides)
+    if weight_identity(config.model, config.memory) != there:
+        raise ConversionError(
+            f"{folder.path} has no weights for memory.kind '{config.memory.kind}' as it is set here, or has others: kinds "
+            "with weights of their own (infini, memorizing, melodi) are imported as they were exported"
+        )
+    return config
 
 
 def _starting_point(recipe: Path) -> tuple[Path | None, list[str]]:

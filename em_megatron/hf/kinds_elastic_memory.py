@@ -28,7 +28,7 @@ class Steps:
         block_length: L.
         rope_theta: base of the rotary frequencies.
         has_memory: whether this layer has the kind's memory; otherwise it is block-local.
-        settings: those of the kind, by the names of `SETTINGS`.
+        settings: those of the kind, by the names of its attributes.
     """
 
     def __init__(self, block_length: int, rope_theta: float, has_memory: bool, **settings: Any) -> None:

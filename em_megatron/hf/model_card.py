@@ -25,7 +25,7 @@ from em_megatron.training.restore import reader_of
 _HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [elastic-memory, long-context, recurrent-memory, em-megatron]
+tags: [TAGS, em-megatron]
 ---
 
 """
@@ -76,8 +76,8 @@ def model_card(source: Source, compared: Comparison) -> str:
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
     return (
-        f"{_HEADER}# {source.config.name}\n\n"
-        f"{_what(memory.kind)} Trained with em-megatron, a reimplementation of arXiv 2602.11212\nfrom its public "
+        f"{_HEADER.replace('TAGS', _tags(memory.kind))}# {source.config.name}\n\n"
+        f"{_KINDS[memory.kind]} Trained with em-megatron, a reimplementation of arXiv 2602.11212\nfrom its public "
         "description, not the authors' code.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         f"{_USE.format(exchange=_exchange(memory))}\n"
@@ -87,6 +87,7 @@ def model_card(source: Source, compared: Comparison) -> str:
     )
 
 
+# One sentence of what a model is.
 _KINDS = {
     "elastic": "A language model with Elastic Memory: each block of tokens attends to itself and to a fixed number of "
     "moments read back from a HiPPO-LegS\nsummary of everything before it, so that memory does not grow with the context.",
@@ -105,9 +106,9 @@ _KINDS = {
 }
 
 
-def _what(kind: str) -> str:
-    """One sentence of what the model is."""
-    return _KINDS[kind]
+def _tags(kind: str) -> str:
+    """For who searches a hub."""
+    return "elastic-memory, long-context, recurrent-memory" if kind == "elastic" else kind.replace("_", "-")
 
 
 def _exchange(memory: MemoryConfig) -> str:
@@ -128,7 +129,7 @@ def _exchange(memory: MemoryConfig) -> str:
 def _floats(source: Source) -> str:
     memory, length = source.config.memory, source.config.data.sequence_length
     found = f"{memory_floats_per_sequence(source.config.model, memory, length):,}"
-    return f"{found} at {length:,} tokens" if kind_of(memory).grows(memory) else f"{found}, whatever its length"
+    return f"{found} at {length:,} tokens" if kind_of(memory).grows else f"{found}, whatever its length"
 
 
 def _measured(source: Source, compared: Comparison) -> str:

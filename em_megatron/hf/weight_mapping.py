@@ -43,11 +43,11 @@ class Row:
     layout: Literal["alone", "qkv", "gated"] = "alone"
 
 
-def table(model: ModelConfig, vocab_size: int, memory: MemoryConfig | None = None) -> list[Row]:
-    """The rows of a model; `vocab_size` is the padded one. Without `memory` those of the Transformer alone."""
+def table(model: ModelConfig, vocab_size: int, memory: MemoryConfig) -> list[Row]:
+    """The rows of a model with such a memory; `vocab_size` is the padded one."""
     shape, hidden = shape_of(model), shape_of(model).hidden_size
     rows = [_row("embedding.word_embeddings.weight", "model.embed_tokens.weight", (vocab_size, hidden), 0)]
-    whole = memory is not None and kind_of(memory).whole_layers
+    whole = kind_of(memory).whole_layers
     query, key = shape.num_attention_heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels
     for layer in range(shape.num_layers):
         attention, mlp = f"decoder.layers.{2 * layer}", f"decoder.layers.{2 * layer + 1}"  # sub-layers alternate
@@ -75,8 +75,7 @@ def table(model: ModelConfig, vocab_size: int, memory: MemoryConfig | None = Non
                 )
                 for name in "qk"
             ]
-    if memory is not None:
-        rows += _kind_rows(memory, shape)
+    rows += _kind_rows(memory, shape)
     rows.append(_row("decoder.final_norm.weight", "model.norm.weight", (hidden,), None))
     if not model.share_embeddings_and_output_weights:
         rows.append(_row("output_layer.weight", "lm_head.weight", (vocab_size, hidden), 0))

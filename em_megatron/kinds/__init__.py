@@ -1,6 +1,7 @@
 """The memory kinds by name: Elastic Memory, and the systems it is measured against, in the same model.
 
-A kind is described here, without torch modules; `em_megatron/model/cores` builds it, `em_megatron/ops` computes it.
+A kind is described here, without torch modules; `em_megatron/model/kind_core.py` and its neighbours build
+it, `em_megatron/ops` computes it.
 """
 
 from __future__ import annotations

@@ -15,22 +15,18 @@ if TYPE_CHECKING:
 class BlockLocal(Kind):
     """No memory: the floor."""
 
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        return ()
-
-    def has_memory(self) -> bool:
-        return False
+    name = "block_local"
+    has_memory = False
 
 
 class KeepsAll(Kind):
     """A kind that keeps the keys and values of the whole context."""
 
+    grows = True
+
     def memory_floats(self, memory: MemoryConfig, shape: Shape, layers: int, sequence_length: int) -> int:
         """2·T·d·h per layer: all keys and values."""
         return layers * 2 * sequence_length * shape.kv_channels * shape.num_query_groups
-
-    def grows(self, memory: MemoryConfig) -> bool:
-        return True
 
 
 class Full(KeepsAll):

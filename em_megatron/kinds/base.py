@@ -13,32 +13,27 @@ if TYPE_CHECKING:
 
 
 class Kind:
-    """A memory kind. Without overrides: block-local attention in all layers, no memory, no parameters of its own.
+    """A memory kind. Without overrides: block-local attention in all layers and no parameters of its own.
 
-    name: `memory.kind`. reads_sampler: whether the sampler's moments
-    decide what it reads. detaches: whether its memory can do without a gradient. whole_layers: whether it replaces whole layers (attention and MLP), not the core attention only.
+    name: `memory.kind`. has_memory: whether any layer may have a memory. grows: whether what is kept grows with the
+    context. reads_sampler: whether the sampler's moments decide what is read. detaches: whether the memory can do without
+    a gradient. whole_layers: whether the kind replaces whole layers (attention and MLP), not the core attention alone.
     """
 
-    name = "block_local"
+    name: str
+    has_memory = True
+    grows = False
     reads_sampler = False
-    whole_layers = False
     detaches = True
+    whole_layers = False
 
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of `memory.layers=auto`, and None of them where the kind has no memory at all."""
+        """Layers (from 0) with a memory under `memory.layers=auto`."""
         return tuple(range(num_layers))
-
-    def has_memory(self) -> bool:
-        """Whether any layer may have a memory."""
-        return True
 
     def memory_floats(self, memory: MemoryConfig, shape: Shape, layers: int, sequence_length: int) -> int:
         """Numbers kept per sequence by `layers` layers (design: elastic_memory.md, section 9)."""
         return 0
-
-    def grows(self, memory: MemoryConfig) -> bool:
-        """Whether what is kept grows with the context."""
-        return False
 
     def parameters(self, memory: MemoryConfig, shape: Shape, layers: int) -> int:
         """Parameters beyond those of the Transformer."""

@@ -14,7 +14,7 @@ from em_megatron.kinds import kind_of
 if TYPE_CHECKING:
     from em_megatron.config import MemoryConfig, ModelConfig, RunConfig
 
-FIXED = ("block_local", "transformer_xl", "infini", "full", "subsample")
+CHOSEN_SIZES = {"elastic": "order", "memorizing": "pairs", "melodi": "long_term_tokens"}
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,6 @@ class Match:
     floats: int
     wanted: int
 
-    @property
-    def ratio(self) -> float:
-        """Floats over those wanted."""
-        return self.floats / self.wanted
-
 
 def matched(model: ModelConfig, memory: MemoryConfig, sequence_length: int, wanted: int) -> Match:
     """The section with the sizes whose floats per sequence come nearest to `wanted`; of fixed kinds as it is."""
@@ -40,8 +35,8 @@ def matched(model: ModelConfig, memory: MemoryConfig, sequence_length: int, want
         return memory_floats_per_sequence(model, replace(memory, **changes), sequence_length)
 
     settings: dict[str, Any] = {}
-    name = {"elastic": "order", "memorizing": "pairs", "melodi": "long_term_tokens"}.get(memory.kind)
-    if name is not None:
+    if can_match(memory):
+        name = CHOSEN_SIZES[memory.kind]
         step = memory.long_term_increment if memory.kind == "melodi" else 1
         one, two = (floats(**{name: count * step}) for count in (1, 2))
         if two > one:
@@ -51,7 +46,7 @@ def matched(model: ModelConfig, memory: MemoryConfig, sequence_length: int, want
 
 def can_match(memory: MemoryConfig) -> bool:
     """Whether the kind has a size to choose."""
-    return kind_of(memory).name not in FIXED
+    return memory.kind in CHOSEN_SIZES
 
 
 # Recipe name → what it changes of the memory section.
@@ -124,7 +119,7 @@ def _compared(
         parameters=num_parameters(config.model, vocab_size, match.memory),
         own_parameters=memory_parameters(config.model, match.memory),
         flops_per_token=flops_per_token(config.model, match.memory, vocab_size, config.data.sequence_length),
-        grows=kind_of(match.memory).grows(match.memory),
+        grows=kind_of(match.memory).grows,
     )
 
 

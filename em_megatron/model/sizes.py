@@ -147,7 +147,7 @@ def memory_layers(memory: MemoryConfig, num_layers: int) -> tuple[int, ...]:
     from em_megatron.config import ConfigError
 
     kind = kind_of(memory)
-    if not kind.has_memory() or memory.layers == "none":
+    if not kind.has_memory or memory.layers == "none":
         return ()
     if memory.layers == "auto":
         return kind.default_layers(num_layers)

@@ -38,7 +38,7 @@ def describe_run(run: Run) -> str:
         f"{shape.hidden_size}, vocabulary {vocab}, {flops / 1e6:,.1f} MFLOP per token, {config.training.precision}",
         f"memory  {memory.kind} in {layers} of {shape.num_layers} layers: {kind.describe(memory)}, "
         f"{memory_floats_per_sequence(config.model, memory, config.data.sequence_length):,} floats per sequence"
-        f"{' of this length' if kind.grows(memory) else ''}",
+        f"{' of this length' if kind.grows else ''}",
         f"data    {config.data.path}: {config.data.sequence_length} tokens = {blocks} blocks of "
         f"{memory.block_length}, {config.training.global_batch_size} samples a step",
         f"kernels {_kernels(config, run.device)}",

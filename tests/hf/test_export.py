@@ -21,7 +21,7 @@ from em_megatron.hf.verification import Comparison, Computed, compare
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.restore import restore
 from launch import export_hf
-from tests.hf.made_runs import SLOW, VARIANTS, config_of, made_run, write_from_layout
+from tests.hf.made_runs import KINDS, SLOW, VARIANTS, config_of, made_run, write_from_layout
 from tests.training import corpora
 
 LAYOUTS = {
@@ -45,6 +45,9 @@ def test_export_computes_what_megatron_computes(variant, tokenizer, tmp_path, ca
     assert "56 tokens: logits differ by at most" in said
     assert "none got other ids" in said
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= files_of(tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text().partition("## Training")[0]
+    assert ("HiPPO" in card) == (variant not in KINDS and variant != "no memory")
+    assert ("whatever its length" in card) == (variant not in ("full", "subsample"))
     assert not list(tmp_path.glob(".*"))
     dtype = torch.bfloat16 if variant == "bf16" else torch.float32
     assert {weight.dtype for weight in load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
@@ -143,6 +146,15 @@ def test_another_reader_in_the_export(run_folder, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "order 6, 5 slots, exponential" in card
     assert (next(run_folder.glob("checkpoints/*")) / "config.yaml").read_text() in card
+
+
+def test_readers_that_a_kind_does_not_have(tokenizer, tmp_path, capsys):
+    run = made_run(tmp_path / "run", tokenizer, *VARIANTS["memorizing, top-k"])
+    refused([str(run), "memory.order=6"], "no place in a memory of kind 'memorizing'", capsys, tmp_path / "out")
+    assert export_hf.main([str(run), str(tmp_path / "out"), "memory.pairs=9", "memory.top_k=0"]) == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["memory_pairs"], config["memory_top_k"]) == (9, 0)
+    refused([str(run), "memory.update=delta"], "no place in an export", capsys, tmp_path / "other")
 
 
 def test_greedy_text_is_megatrons(run_folder, exported):

@@ -1,11 +1,14 @@
-"""Every gradient of the model that travels is Megatron's, by name through the table."""
+"""Gradients of the model that travels, by name through the table, and its greedy text are Megatron's, for every kind."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from em_megatron.evaluation.generation import MegatronText, Sampling
 from em_megatron.hf.generation import TransformersText
 from em_megatron.hf.weight_mapping import table, to_hugging_face
 from em_megatron.model.sizes import shape_of
@@ -18,17 +21,23 @@ from tests.hf.made_runs import KINDS, SLOW, VARIANTS, made_run
 TOLERANCE = 2e-5  # of the norm, in fp32: that of the parity suite
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         "qk-norm, exponential",
         "tied",
         *(pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in KINDS),
     ],
 )
-def test_gradients(variant, tokenizer, tmp_path):
-    run = made_run(tmp_path / "run", tokenizer, *VARIANTS[variant])
-    assert export_hf.main([str(run), str(tmp_path / "out")]) == 0
+def run_and_export(request, tokenizer, tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("variant")
+    run = made_run(folder / "run", tokenizer, *VARIANTS[request.param])
+    assert export_hf.main([str(run), str(folder / "out")]) == 0
+    return run, folder / "out"
+
+
+def test_gradients(run_and_export):
+    run, exported = run_and_export
     ids = torch.randint(
         4, 640, (2, 80), generator=torch.Generator().manual_seed(0)
     )  # five blocks, gradients through four
@@ -40,7 +49,7 @@ def test_gradients(variant, tokenizer, tmp_path):
         gradients = {name: weight.grad for name, weight in found.model[0].named_parameters()}
     finally:
         shutdown()
-    model = TransformersText(tmp_path / "out").model.train()
+    model = TransformersText(exported).model.train()
     cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     theirs = {name: weight.grad for name, weight in model.named_parameters()}
     for row in table(found.config.model, 640, found.config.memory):
@@ -48,3 +57,20 @@ def test_gradients(variant, tokenizer, tmp_path):
             error = (theirs.pop(name) - expected).norm() / expected.norm()
             assert error < TOLERANCE, f"{name}: {error}"
     assert not theirs
+
+
+def test_greedy_text(run_and_export):
+    run, exported = run_and_export
+    greedy, prompt = Sampling(temperature=0), "abcdef ghi " * 3
+    found = restore(run, [], 1)
+    try:
+        here = MegatronText(found.model[0], found.vocabulary)
+        here.read(prompt)
+        expected = list(here.write_ids(60, greedy))
+    finally:
+        shutdown()
+    there = TransformersText(exported)
+    there.read(prompt)
+    assert there.cache.tokens_read[0] > 32  # two blocks are in the memory
+    assert len(expected) > 32, len(expected)  # and two more get there
+    assert list(there.write_ids(60, greedy)) == expected

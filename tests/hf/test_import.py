@@ -19,7 +19,7 @@ from em_megatron.ops.block_layout import BlockLayout
 from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.restore import restore
 from launch import export_hf, import_hf
-from tests.hf.made_runs import VARIANTS, made_run
+from tests.hf.made_runs import VARIANTS, made_run, write_from_layout
 
 LLAMA = {
     "vocab_size": 640,
@@ -80,6 +80,15 @@ def import_on_rank(folder: Path, out: Path) -> None:
 def test_on_two_tensor_ranks(ranks, run_folder, exported, tmp_path):
     ranks(2).run(import_on_rank, exported, tmp_path / "back")
     assert_same(weights_of(run_folder), weights_of(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("variant", ["memorizing, top-k", "melodi"])
+def test_weights_of_a_memory_from_and_on_two_tensor_ranks(variant, ranks, tokenizer, tmp_path):
+    overrides = ["parallel.tensor_model_parallel_size=2", *VARIANTS[variant]]
+    ranks(2).run(write_from_layout, tmp_path / "run", tokenizer, overrides)
+    assert export_hf.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    ranks(2).run(import_on_rank, tmp_path / "out", tmp_path / "back")
+    assert_same(weights_of(tmp_path / "run"), weights_of(tmp_path / "back"))
 
 
 @torch.no_grad()
@@ -250,6 +259,39 @@ def test_llama_style_models_with_what_this_one_has_not(changes, words, tmp_path,
     assert import_hf.main([str(tmp_path / "llama"), str(tmp_path / "run")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_kind_with_weights_needs_them(tmp_path, capsys):
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "llama")
+    for kind in ("infini", "memorizing", "melodi"):
+        arguments = [str(tmp_path / "llama"), str(tmp_path / "run"), f"memory.kind={kind}"]
+        assert import_hf.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"has no weights for memory.kind '{kind}'" in error
+        assert len(error.strip().splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+    for kind in ("full", "subsample"):
+        assert import_hf.main([str(tmp_path / "llama"), str(tmp_path / kind), f"memory.kind={kind}", *SMALL]) == 0
+
+
+def test_weights_of_a_memory_stay_with_it(tokenizer, exported, tmp_path, capsys):
+    run = made_run(tmp_path / "run", tokenizer, *VARIANTS["infini, linear"])
+    assert export_hf.main([str(run), str(tmp_path / "there")]) == 0
+    for folder, kind in ((tmp_path / "there", "full"), (tmp_path / "there", "memorizing"), (exported, "melodi")):
+        assert import_hf.main([str(folder), str(tmp_path / "back"), f"memory.kind={kind}"]) == 2
+        error = capsys.readouterr().err
+        assert "are imported as they were exported" in error
+        assert len(error.strip().splitlines()) == 1
+    assert import_hf.main([str(exported), str(tmp_path / "other"), "memory.kind=full"]) == 0
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("elastic", []), ("block_local", [0, 1, 2, 3])])
+def test_no_memory_under_either_name(kind, layers, folder, tmp_path):
+    edit(folder, memory_kind=kind, memory_layers=layers)
+    (folder / "training_recipe.yaml").unlink()
+    assert import_hf.main([str(folder), str(tmp_path / "run")]) == 0
+    memory = load_config(tmp_path / "run/config.yaml").memory
+    assert (memory.kind, memory.layers) == ("block_local", "all")
 
 
 def test_refusals(exported, tmp_path, capsys):

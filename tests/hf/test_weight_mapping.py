@@ -22,12 +22,13 @@ from em_megatron.hf.weight_mapping import (
 )
 from em_megatron.model.sizes import padded_vocab_size, shape_of
 from em_megatron.training.setup import build_chunks, initialize_layout
-from tests.hf.made_runs import config_of
+from tests.hf.made_runs import KINDS, config_of
 
 MODELS = {
     "plain": [],
     "tied, qk-norm": ["model.share_embeddings_and_output_weights=true", "model.qk_layernorm=true"],
     "many heads to one": ["model.num_attention_heads=6", "model.num_query_groups=2", "model.kv_channels=4"],
+    **{kind: list(KINDS[kind]) for kind in ("infini, linear", "memorizing, top-k", "melodi")},
 }
 
 
@@ -58,7 +59,7 @@ def whole_parameters(overrides: list[str]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_are_megatrons(name, ranks):
     config = config_of(*MODELS[name])
-    rows = table(config.model, padded_vocab_size(100, 128))
+    rows = table(config.model, padded_vocab_size(100, 128), config.memory)
     whole, parts = whole_parameters(MODELS[name]), ranks(2).run(parameters_of_rank, MODELS[name])
     assert {row.megatron: row.shape for row in rows} == {key: tuple(weight.shape) for key, weight in whole.items()}
     for row in rows:
@@ -72,7 +73,7 @@ def test_rows_are_megatrons(name, ranks):
 def test_there_and_back(name):
     config = config_of(*MODELS[name])
     shape = shape_of(config.model)
-    for row in table(config.model, 128):
+    for row in table(config.model, 128, config.memory):
         weight = torch.randn(row.shape)
         there = to_hugging_face(row, weight, shape)
         assert {key: tuple(part.shape) for key, part in there.items()} == shapes_there(row, shape)
@@ -81,7 +82,7 @@ def test_there_and_back(name):
 
 def test_query_key_and_value_lie_by_key_value_head():
     config = config_of("model.num_attention_heads=6", "model.num_query_groups=2", "model.kv_channels=4")
-    row = next(row for row in table(config.model, 128) if row.layout == "qkv")
+    row = next(row for row in table(config.model, 128, config.memory) if row.layout == "qkv")
     at = torch.arange(row.shape[0])[:, None].expand(row.shape).float()
     query, key, value = (
         part[:, 0].view(-1, 4)[:, 0].tolist() for part in to_hugging_face(row, at, shape_of(config.model)).values()

@@ -23,6 +23,21 @@ SHAPE = {
     "bos_token_id": 2,
     "pad_token_id": 0,
 }
+# The other memory kinds, busy in 37 tokens.
+KINDS: dict[str, dict[str, object]] = {
+    "full": {"memory_kind": "full"},
+    "transformer_xl": {"memory_kind": "transformer_xl"},
+    "subsample": {"memory_kind": "subsample"},
+    "infini": {"memory_kind": "infini", "memory_update": "delta"},
+    "memorizing": {"memory_kind": "memorizing", "memory_pairs": 13, "memory_top_k": 3, "memory_layers": [1]},
+    "melodi": {
+        "memory_kind": "melodi",
+        "memory_layers": [1],
+        "memory_short_term_tokens": 3,
+        "memory_long_term_tokens": 4,
+        "memory_long_term_increment": 2,
+    },
+}
 GREEDY = {"do_sample": False, "max_new_tokens": 20}
 
 
