@@ -50,11 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     base = OmegaConf.merge(OmegaConf.load(options.recipe), OmegaConf.from_dotlist(list(options.overrides)))
     print(f"{'recipe':34} {'floats':>14} {'of wanted':>9} {'parameters':>13} {'own':>10} {'MFLOP/token':>11}  changes")
     for row in rows:
+        cost = row.costs
         changed = " ".join(f"{s}.{key}={value}" for s, keys in row.changes.items() for key, value in keys.items())
-        ratio = "grows" if row.grows else f"{row.floats / row.wanted:.3f}"
+        ratio = "grows" if row.grows else f"{cost.memory_floats_per_sequence / row.wanted:.3f}"
         print(
-            f"{row.name:34} {row.floats:14,} {ratio:>9} {row.parameters:13,} {row.own_parameters:10,} "
-            f"{row.flops_per_token / 1e6:11,.1f}  {changed}"
+            f"{row.name:34} {cost.memory_floats_per_sequence:14,} {ratio:>9} {cost.parameters:13,} {cost.memory_parameters:10,} "
+            f"{cost.flops_per_token / 1e6:11,.1f}  {changed}"
         )
         if options.write is not None:
             options.write.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,13 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from em_megatron.benchmark.floors import MemorySizes, layer_work
+from em_megatron.benchmark.floors import MemorySizes, Work, layer_work
 from em_megatron.benchmark.memory_operator import BOTH, FORWARD
 from em_megatron.benchmark.models import (
     FULL,
     LOCAL,
     Exchange,
+    beside_the_block,
     kernels_note,
     memory_sizes,
     one_rank,
@@ -32,8 +33,12 @@ from em_megatron.parallel.process_groups import Layout
 from em_megatron.validate import validate
 
 MELODI_WINDOW = 512  # its paper's; S = U = 64, L_inc = 32, G = 4096 are the defaults of the memory section
-_OVER_MELODI = Target(f"melodi/{BOTH}/elastic, order 540", "at least", 2.0)
-TARGETS: dict[str, list[Target]] = {"cpu": [_OVER_MELODI], "cuda": [_OVER_MELODI]}
+MELODI_LAYERS = {"none": "short-term tokens alone", "all": "long-term layer"}  # by memory.layers
+_OVER_MELODI = [
+    Target(f"melodi, window {MELODI_WINDOW}, {layer}/{BOTH}/elastic, order 540", "at least", 2.0)
+    for layer in MELODI_LAYERS.values()
+]
+TARGETS: dict[str, list[Target]] = {"cpu": _OVER_MELODI, "cuda": _OVER_MELODI}
 
 
 class LayerBenchmark:
@@ -61,12 +66,9 @@ class LayerBenchmark:
         self.exchange = Exchange([self.layer], self.variants, layout)
         self.hidden = self._hidden(options.length)
         self.melodi = {
-            f"melodi, window {window}, {'long-term layer' if layers == 'all' else 'short-term tokens alone'}": (
-                window,
-                layers,
-            )
+            f"melodi, window {window}, {title}": (window, layers)
             for window in dict.fromkeys((MELODI_WINDOW, options.block))
-            for layers in ("none", "all")
+            for layers, title in MELODI_LAYERS.items()
             if options.length % window == 0 and options.length > window
         }
         self.melodi_layers = {name: self._melodi(layout, *kind) for name, kind in self.melodi.items()}
@@ -112,6 +114,7 @@ class LayerBenchmark:
 
         local = MemorySizes(1, 0, window, tokens)
         work = layer_work(shape_of(config.model), tokens, local, self.dtype.itemsize, backward)
+        work += Work(beside_the_block(config) * tokens * (1.0 if backward else 1 / 3), 0.0)
         return Candidate(direction, name, prepare, tokens, work)
 
     def _candidate(self, name: str, direction: str) -> Candidate:
@@ -145,9 +148,9 @@ class LayerBenchmark:
                         for kind, peer in (("full", FULL), ("local", LOCAL))
                     ]  # fmt: skip
                     found.figures += [
-                        rows.compared(f"melodi/{direction}/{name}" if at == 0 else f"{peer}/{direction}/{name}",
-                               f"{direction}: speed of {name}, over {peer}", (direction, peer), (direction, name))
-                        for at, peer in enumerate(self.melodi)
+                        rows.compared(f"{peer}/{direction}/{name}", f"{direction}: speed of {name}, over {peer}",
+                               (direction, peer), (direction, name))
+                        for peer in self.melodi
                     ]  # fmt: skip
             bars = {row["name"]: 1e3 * row["seconds"]["median"] for row in rows.group(direction) if row["seconds"]}
             found.charts.append(Chart(direction, f"ms for {self.options.length:,} tokens", "", bars=bars))

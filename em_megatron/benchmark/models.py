@@ -13,12 +13,12 @@ from megatron.core import tensor_parallel
 from em_megatron.benchmark.floors import MemorySizes
 from em_megatron.config import ConfigError, RunConfig, load_config
 from em_megatron.kinds import kind_of
-from em_megatron.kinds.matching import matched
+from em_megatron.kinds.matching import COMPARED, matched
 from em_megatron.model.elastic_attention import TrapezoidCore
 from em_megatron.model.kind_core import KindCore
 from em_megatron.model.language_model import PRECISIONS, transformer_config
 from em_megatron.model.memory_attention import MemoryAttention
-from em_megatron.model.sizes import memory_floats_per_sequence, shape_of
+from em_megatron.model.sizes import flops_per_token, memory_floats_per_sequence, shape_of
 from em_megatron.ops.dispatch import choose
 from em_megatron.parallel import cpu_backend
 from em_megatron.parallel.process_groups import Layout, shutdown
@@ -26,16 +26,6 @@ from em_megatron.training.setup import initialize_layout
 from em_megatron.validate import validate
 
 FULL, LOCAL = "causal attention over the whole sample", "block-local attention, no memory"
-# The other systems, as `--kinds` names them: what they change of the memory section.
-KINDS: dict[str, dict[str, Any]] = {
-    "transformer_xl": {"kind": "transformer_xl"},
-    "subsample": {"kind": "subsample"},
-    "infini": {"kind": "infini", "update": "linear"},
-    "infini-delta": {"kind": "infini", "update": "delta"},
-    "memorizing": {"kind": "memorizing", "top_k": 32},
-    "memorizing-dense": {"kind": "memorizing", "top_k": 0},
-    "melodi": {"kind": "melodi"},
-}
 
 
 def run_config(overrides: Iterable[str], length: int, precision: str, bank_cache: str, seed: int) -> RunConfig:
@@ -83,9 +73,6 @@ def one_rank(config: RunConfig, device: torch.device) -> Iterator[Layout]:
 def variants(config: RunConfig, orders: Iterable[int], kinds: Iterable[str] = ()) -> dict[str, RunConfig]:
     """By name: the model with a memory of each order, without one, with causal attention over the whole sample, and with
     the memory of each of `kinds`, its size matched to the smallest order where it has a size to choose.
-
-    Raises:
-        ConfigError: a kind that is unknown.
     """
 
     def with_memory(**changes: Any) -> RunConfig:
@@ -95,9 +82,7 @@ def variants(config: RunConfig, orders: Iterable[int], kinds: Iterable[str] = ()
     smallest = with_memory(kind="elastic", order=min(orders)).memory
     found[LOCAL], found[FULL] = with_memory(kind="block_local"), with_memory(kind="full")
     for name in kinds:
-        if name not in KINDS:
-            raise ConfigError(f"kind '{name}' is unknown: choose some of {', '.join(KINDS)}")
-        section, tokens = with_memory(**KINDS[name]).memory, config.data.sequence_length
+        section, tokens = with_memory(**COMPARED[name]).memory, config.data.sequence_length
         wanted = memory_floats_per_sequence(config.model, smallest, tokens)
         found[name] = dataclasses.replace(config, memory=matched(config.model, section, tokens, wanted).memory)
     for variant in found.values():
@@ -113,8 +98,7 @@ def has_own_layers(config: RunConfig) -> bool:
 def memory_sizes(config: RunConfig) -> MemorySizes | None:
     """As `floors` has them: no slots for block-local attention, None for causal attention over the whole sample.
 
-    Of the other kinds the block's own attention counts, not what they read and write: their floor is that of the least
-    that they do.
+    Of the other kinds the block's own attention: `beside_the_block` has the rest.
     """
     memory, tokens = config.memory, config.data.sequence_length
     if memory.kind == "full":
@@ -122,6 +106,15 @@ def memory_sizes(config: RunConfig) -> MemorySizes | None:
     if memory.kind != "elastic":
         return MemorySizes(1, 0, memory.block_length, tokens)
     return MemorySizes(memory.order, memory.slots, memory.block_length, tokens, memory.superchunk)
+
+
+def beside_the_block(config: RunConfig) -> float:
+    """FLOPs of a token, forward and backward, of a kind that `floors` does not count, beyond block-local attention."""
+    if config.memory.kind in ("elastic", "block_local", "full"):
+        return 0.0
+    local = dataclasses.replace(config.memory, kind="block_local")
+    both = (flops_per_token(config.model, memory, 0, config.data.sequence_length) for memory in (config.memory, local))
+    return next(both) - next(both)
 
 
 def kernels_note(config: RunConfig, device: torch.device) -> str:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from em_megatron.config import ConfigError
+from em_megatron.kinds.matching import COMPARED
 
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("fp32", "bf16")  # of whole models
-KINDS = ("transformer_xl", "subsample", "infini", "infini-delta", "memorizing", "memorizing-dense", "melodi")
+ALWAYS = ("elastic", "block_local", "full")  # measured in every step; --kinds chooses of the others
+KINDS = tuple(name for name in COMPARED if name not in ALWAYS)
 CONTEXTS = {"megatron": (4096, 65536, 1048576), "transformers": (4096, 262144)}  # by what `decode` goes through
 
 
@@ -257,6 +259,9 @@ def _check(values: dict[str, Any]) -> None:
     for name, allowed in (("dtype", DTYPES), ("precision", PRECISIONS), ("through", tuple(CONTEXTS))):
         if values.get(name, allowed[0]) not in allowed:
             raise ConfigError(f"--{name} '{values[name]}' is unknown: choose one of {', '.join(allowed)}")
+    for name in values.get("kinds", ()):
+        if name not in KINDS:
+            raise ConfigError(f"--kinds '{name}' is unknown: choose some of {', '.join(KINDS)}")
     for name in ("length", "lengths", "contexts"):
         lengths = values.get(name, ())
         for length in lengths if isinstance(lengths, tuple) else (lengths,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from em_megatron.benchmark.floors import step_work
+from em_megatron.benchmark.floors import Work, step_work
 from em_megatron.benchmark.models import (
     FULL,
     LOCAL,
     Exchange,
+    beside_the_block,
     has_own_layers,
     kernels_note,
     memory_sizes,
@@ -28,14 +30,7 @@ from em_megatron.benchmark.timing import Call, Candidate
 from em_megatron.config import RunConfig
 from em_megatron.kinds import kind_of
 from em_megatron.model.language_model import PRECISIONS
-from em_megatron.model.sizes import (
-    flops_per_token,
-    memory_floats_per_sequence,
-    memory_parameters,
-    num_parameters,
-    padded_vocab_size,
-    shape_of,
-)
+from em_megatron.model.sizes import costs, flops_per_token, num_parameters, padded_vocab_size, shape_of
 from em_megatron.parallel.process_groups import Layout
 from em_megatron.training.bad_batches import BadBatches
 from em_megatron.training.metrics import peak_flops
@@ -109,6 +104,7 @@ class StepBenchmark:
         sizes = memory_sizes(config)
         work = step_work(shape, options.batch, options.length, sizes, self.vocabulary, parameters, itemsize)
         tokens = options.batch * options.length
+        work += Work(beside_the_block(config) * tokens, 0.0)
         return Candidate(GROUP, name, prepare, tokens, work, is_peer=name == FULL, resident=True)
 
     def findings(self, rows: Rows) -> Findings:
@@ -141,22 +137,19 @@ class StepBenchmark:
         """Adds columns with floats per sequence, parameters of the kind, FLOPs per token, and what the memory is."""
         for row in rows.group(GROUP):
             config = self.variants[row["name"]]
-            memory, length = config.memory, self.options.length
-            row["memory_floats"] = memory_floats_per_sequence(config.model, memory, length)
-            row["parameters"] = num_parameters(config.model, self.vocabulary, memory)
-            row["own_parameters"] = memory_parameters(config.model, memory)
-            row["flops_per_token"] = flops_per_token(config.model, memory, self.vocabulary, length)
+            memory = config.memory
+            cost = costs(config.model, memory, self.vocabulary, self.options.length)
+            row |= dataclasses.asdict(cost)
             row["memory"] = kind_of(memory).describe(memory)
             row["details"] = row.get("details", {}) | {
-                "memory floats": f"{row['memory_floats']:,}",
-                "parameters (own)": f"{row['parameters']:,} ({row['own_parameters']:,})",
-                "GFLOP/token": f"{row['flops_per_token'] / 1e9:.3g}",
+                "memory floats": f"{cost.memory_floats_per_sequence:,}",
+                "parameters (own)": f"{cost.parameters:,} ({cost.memory_parameters:,})",
+                "GFLOP/token": f"{cost.flops_per_token / 1e9:.3g}",
                 "memory": row["memory"],
             }
         return (
             "Memory floats are kept per sequence of this length over all layers; kinds with a size to choose have those of "
-            f"Elastic Memory at order {min(self.options.orders)}. Own parameters are those that the kind adds. Floors of the "
-            "other kinds count the block's own attention alone."
+            f"Elastic Memory at order {min(self.options.orders)}. Own parameters are those that the kind adds."
         )
 
     def _utilization(self, rows: Rows) -> str:

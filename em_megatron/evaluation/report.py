@@ -12,13 +12,7 @@ import torch
 
 from em_megatron.evaluation.perplexity import evaluate
 from em_megatron.evaluation.reference_models import reference_bits_per_byte
-from em_megatron.model.sizes import (
-    flops_per_token,
-    memory_floats_per_sequence,
-    memory_parameters,
-    num_parameters,
-    padded_vocab_size,
-)
+from em_megatron.model.sizes import Costs, costs, padded_vocab_size
 from em_megatron.training.metrics import finite
 from em_megatron.training.plots import plot_positions
 from em_megatron.training.restore import Restored, reader_of
@@ -52,7 +46,7 @@ def write_report(run: Restored, found: dict[str, Any], folder: Path) -> str:
         "checkpoint": str(run.checkpoint),
         "step": run.step,
         "memory": dataclasses.asdict(run.config.memory),
-        **costs(run),
+        **dataclasses.asdict(_costs(run)),
         **found,
     }
     (folder / "evaluation.json").write_text(json.dumps(finite(document), indent=1) + "\n")
@@ -60,24 +54,18 @@ def write_report(run: Restored, found: dict[str, Any], folder: Path) -> str:
     return _table(run, found) + f"\nreport in {folder}"
 
 
-def costs(run: Restored) -> dict[str, float]:
-    """Memory floats of a sample, parameters and how many of them are the memory kind's, training FLOPs per token."""
-    config, length = run.config, run.config.data.sequence_length
+def _costs(run: Restored) -> Costs:
+    config = run.config
     vocab = padded_vocab_size(run.vocabulary.size, config.model.make_vocab_size_divisible_by)
-    return {
-        "memory_floats_per_sequence": memory_floats_per_sequence(config.model, config.memory, length),
-        "parameters": num_parameters(config.model, vocab, config.memory),
-        "memory_parameters": memory_parameters(config.model, config.memory),
-        "flops_per_token": flops_per_token(config.model, config.memory, vocab, length),
-    }
+    return costs(config.model, config.memory, vocab, config.data.sequence_length)
 
 
 def _table(run: Restored, found: dict[str, Any]) -> str:
-    cost = costs(run)
+    cost = _costs(run)
     lines = [
-        f"{run.checkpoint}: {reader_of(run.config.memory)}, {cost['memory_floats_per_sequence']:,} memory floats per sequence",
-        f"{cost['parameters']:,} parameters, {cost['memory_parameters']:,} of them the memory's, "
-        f"{cost['flops_per_token'] / 1e6:,.1f} MFLOP per token of training",
+        f"{run.checkpoint}: {reader_of(run.config.memory)}, {cost.memory_floats_per_sequence:,} memory floats per sequence",
+        f"{cost.parameters:,} parameters, {cost.memory_parameters:,} of them the memory's, "
+        f"{cost.flops_per_token / 1e6:,.1f} MFLOP per token of training",
         f"held-out: {found['tokens']:,} tokens, {found['bytes']:,} bytes of text",
         f"  loss {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.2f}",
         f"  {found['bits_per_byte']:.4f} bits per byte",

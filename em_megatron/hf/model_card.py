@@ -12,14 +12,7 @@ from em_megatron.config import MemoryConfig
 from em_megatron.hf.export import Source
 from em_megatron.hf.verification import TOLERANCE, Comparison
 from em_megatron.kinds import kind_of
-from em_megatron.model.sizes import (
-    flops_per_token,
-    memory_floats_per_sequence,
-    memory_layers,
-    memory_parameters,
-    num_parameters,
-    shape_of,
-)
+from em_megatron.model.sizes import costs, memory_layers, shape_of
 from em_megatron.training.restore import reader_of
 
 _HEADER = """---
@@ -58,19 +51,20 @@ generated. Assisted generation and static caches are refused: what was read cann
 def model_card(source: Source, compared: Comparison) -> str:
     """Markdown; every figure in it was measured on this checkpoint."""
     model, memory, shape = source.config.model, source.config.memory, shape_of(source.config.model)
-    parameters = num_parameters(model, source.rows[0].shape[0], memory)
+    length = source.config.data.sequence_length
+    cost = costs(model, memory, source.rows[0].shape[0], length)
     layers = len(memory_layers(memory, shape.num_layers))
-    flops = flops_per_token(model, memory, source.rows[0].shape[0], source.config.data.sequence_length)
+    grows = f" at {length:,} tokens" if kind_of(memory).grows else ", whatever its length"
     facts = [
-        ("parameters", f"{parameters:,}"),
+        ("parameters", f"{cost.parameters:,}"),
         ("layers", f"{shape.num_layers} ({layers} with memory)"),
         ("hidden size, heads, key/value heads, head dimension",
          f"{shape.hidden_size}, {shape.num_attention_heads}, {shape.num_query_groups}, {shape.kv_channels}"),
         ("block length", f"{memory.block_length} tokens"),
         ("memory", reader_of(memory)),
-        ("memory floats per sequence", _floats(source)),
-        ("parameters of the memory", f"{memory_parameters(model, memory):,}"),
-        ("FLOPs per token of training", f"{flops / 1e6:,.1f} million"),
+        ("memory floats per sequence", f"{cost.memory_floats_per_sequence:,}{grows}"),
+        ("parameters of the memory", f"{cost.memory_parameters:,}"),
+        ("FLOPs per token of training", f"{cost.flops_per_token / 1e6:,.1f} million"),
         ("vocabulary", f"{source.vocabulary.size:,} (rows of the embedding: {source.rows[0].shape[0]:,})"),
         ("weights", str(source.dtype).removeprefix("torch.")),
     ]  # fmt: skip
@@ -124,12 +118,6 @@ def _exchange(memory: MemoryConfig) -> str:
             f"\n# Pairs kept and read may be changed.\nmodel.set_memory(pairs={memory.pairs}, top_k={memory.top_k})\n"
         )
     return ""
-
-
-def _floats(source: Source) -> str:
-    memory, length = source.config.memory, source.config.data.sequence_length
-    found = f"{memory_floats_per_sequence(source.config.model, memory, length):,}"
-    return f"{found} at {length:,} tokens" if kind_of(memory).grows else f"{found}, whatever its length"
 
 
 def _measured(source: Source, compared: Comparison) -> str:

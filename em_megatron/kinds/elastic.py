@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from em_megatron.hippo.cost_model import memory_cost, plan
 from em_megatron.kinds.base import Kind, per_key
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ class Elastic(Kind):
         self, memory: MemoryConfig, shape: Shape, layers: int, sequence_length: int, context_parallel_size: int
     ) -> float:
         """The triangle, the slots, and the operator as planned for a context-parallel rank's part of a sample."""
+        from em_megatron.hippo.cost_model import memory_cost, plan
+
         tokens = sequence_length // context_parallel_size
         split = context_parallel_size > 1 or memory.carry_memory
         attention = per_key(shape) * (shape.num_layers * memory.block_length / 2 + layers * memory.slots)

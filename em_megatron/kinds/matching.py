@@ -13,6 +13,7 @@ from em_megatron.kinds import kind_of
 
 if TYPE_CHECKING:
     from em_megatron.config import MemoryConfig, ModelConfig, RunConfig
+    from em_megatron.model.sizes import Costs
 
 CHOSEN_SIZES = {"elastic": "order", "memorizing": "pairs", "melodi": "long_term_tokens"}
 
@@ -72,11 +73,8 @@ class Compared:
 
     name: str
     changes: dict[str, dict[str, Any]]
-    floats: int
     wanted: int
-    parameters: int
-    own_parameters: int
-    flops_per_token: float
+    costs: Costs
     grows: bool
 
 
@@ -109,16 +107,13 @@ def family(config: RunConfig, vocab_size: int, factors: tuple[int, ...] = FACTOR
 def _compared(
     name: str, config: RunConfig, match: Match, changes: dict[str, dict[str, Any]], vocab_size: int
 ) -> Compared:
-    from em_megatron.model.sizes import flops_per_token, memory_parameters, num_parameters
+    from em_megatron.model.sizes import costs
 
     return Compared(
         name=name,
         changes=changes,
-        floats=match.floats,
         wanted=match.wanted,
-        parameters=num_parameters(config.model, vocab_size, match.memory),
-        own_parameters=memory_parameters(config.model, match.memory),
-        flops_per_token=flops_per_token(config.model, match.memory, vocab_size, config.data.sequence_length),
+        costs=costs(config.model, match.memory, vocab_size, config.data.sequence_length),
         grows=kind_of(match.memory).grows,
     )
 
@@ -140,10 +135,11 @@ def recipe_text(base: str, compared: Compared, prefix: str) -> str:
 
     tree: Any = OmegaConf.merge(OmegaConf.create(base), OmegaConf.create(compared.changes))
     tree.name = f"{prefix}_{compared.name}"
+    cost = compared.costs
     grows = ", growing with the context" if compared.grows else ""
     head = (
-        f"# {compared.floats:,} memory floats per sequence ({compared.floats / compared.wanted:.3g} of those wanted{grows});\n"
-        f"# {compared.parameters:,} parameters, {compared.own_parameters:,} of them the memory kind's.\n"
+        f"# {cost.memory_floats_per_sequence:,} memory floats per sequence ({cost.memory_floats_per_sequence / compared.wanted:.3g} of those wanted{grows});\n"
+        f"# {cost.parameters:,} parameters, {cost.memory_parameters:,} of them the memory kind's.\n"
         "# Written by launch/match.py.\n"
     )
     return head + OmegaConf.to_yaml(tree)

@@ -6,17 +6,17 @@ go at once; decoding goes block after block through `hf/kinds_elastic_memory.py`
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from em_megatron.config import MemoryConfig
 from em_megatron.hf.kinds_elastic_memory import PARAMETERS, STEPS, Kept, Steps
 from em_megatron.kinds import kind_of
+from em_megatron.model.head_parameters import HeadParameters
 from em_megatron.model.sizes import memory_layers
 from em_megatron.ops.block_layout import BlockLayout
 from em_megatron.ops.kinds import OPERATORS, Reading
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from em_megatron.model.memory_attention import MemoryAttention
 
 
-class KindCore(torch.nn.Module):
+class KindCore(HeadParameters):
     """Block-local attention, and in layers of `memory.layers` what `memory.kind` adds to it."""
 
     def __init__(
@@ -47,9 +47,7 @@ class KindCore(torch.nn.Module):
         self.tensor_group = pg_collection.tp if pg_collection is not None else None
         heads = config.num_attention_heads // config.tensor_model_parallel_size
         for name, start in PARAMETERS.get(config.memory.kind, {}).items() if self.has_memory else ():
-            parameter = torch.nn.Parameter(torch.full((heads,), start, dtype=config.params_dtype))
-            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-            self.register_parameter(name, parameter)
+            self.add(name, heads, start, config.params_dtype)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -62,22 +60,6 @@ class KindCore(torch.nn.Module):
             return self.reading.local(query, key, value, layout).flatten(2)
         operator = OPERATORS[self.memory.kind]
         return operator(query, key, value, layout, self.reading, self.weights).flatten(2)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Parameters split by heads, for Megatron's distributed checkpoints."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        groups = ensure_metadata_has_dp_cp_group(metadata)
-        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            state,
-            prefix,
-            dict.fromkeys(state, 0),
-            sharded_offsets,
-            tp_group=self.tensor_group,
-            dp_cp_group=groups["dp_cp_group"],
-        )
-        return found
 
     def new_cache(
         self, attention: MemoryAttention, batch_size: int, dtype: torch.dtype, device: torch.device
@@ -118,9 +100,7 @@ class KindCache:
 
     def copy(self) -> KindCache:
         """A second one of the same content; tensors are replaced, not changed, so they are shared."""
-        other = object.__new__(KindCache)
-        other.__dict__.update(self.__dict__)
-        return other
+        return copy.copy(self)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Takes n ≤ room tokens: query [n, b, hq, d], key and value [n, b, hk, d] → [n, b, hq, d]."""

@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from em_megatron.hf.melodi_elastic_memory import WindowMemory, mix_tokens, window_attention
 from em_megatron.model.elastic_attention import ElasticTransformerConfig
+from em_megatron.model.head_parameters import HeadParameters
 from em_megatron.model.melodi_cache import MelodiCache
 from em_megatron.model.norm import RMSNorm
 from em_megatron.model.sizes import memory_layers
@@ -46,30 +45,17 @@ class TokenMixer(torch.nn.Module):
         return mix_tokens(normed.transpose(0, 1), self.weight, self.bias).transpose(0, 1)
 
 
-class LongTermGate(torch.nn.Module):
-    """g, one number per query head and channel, [hq·d], split by heads over tensor ranks; 0 at the start."""
+class LongTermGate(HeadParameters):
+    """g, one number per query head and channel, [hq·d]; 0 at the start."""
+
+    weight: torch.nn.Parameter
 
     def __init__(self, config: ElasticTransformerConfig, groups: ProcessGroupCollection) -> None:
         super().__init__()
         assert config.kv_channels is not None
-        heads = config.num_attention_heads // config.tensor_model_parallel_size
-        self.weight = torch.nn.Parameter(torch.zeros(heads * config.kv_channels, dtype=config.params_dtype))
-        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
         self.tensor_group = groups.tp
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Split by heads, for Megatron's distributed checkpoints."""
-        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=self.tensor_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
-        return found
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.add("weight", heads * config.kv_channels, 0.0, config.params_dtype)
 
 
 class MelodiLayer(MegatronModule):
@@ -180,12 +166,12 @@ class MelodiLayer(MegatronModule):
     ) -> Tensor:
         """Attention of one window, [b, hq, W+U, d]; recomputed in backward where the run says so."""
         gate = self.long_gate.weight if self.long_gate is not None else None
-        past = [*(short or ()), *(torch.cat(pair, 2) for pair in zip(*long, strict=True))]
+        past = [*(short or ()), *(x for pair in long for x in pair)]
 
         def attend(*tensors: Tensor) -> Tensor:
             own, rest = tensors[:4], list(tensors[4:])
             before = (rest[0], rest[1]) if short is not None else None
-            kept = (rest[2], rest[3]) if long else None
+            kept = (torch.cat(rest[2::2], 2), torch.cat(rest[3::2], 2)) if long else None
             return attend_window(own, before, kept, gate, windows, window)
 
         if self.config.recompute_granularity == "selective" and self.training:

@@ -175,6 +175,27 @@ def weight_identity(model: ModelConfig, memory: MemoryConfig) -> tuple[object, .
     return kind_of(memory).weight_identity(memory, memory_layers(memory, shape_of(model).num_layers))
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a model with its memory costs: numbers kept per sequence of the length, parameters, those of them that the
+    memory kind adds, forward and backward FLOPs per token."""
+
+    memory_floats_per_sequence: int
+    parameters: int
+    memory_parameters: int
+    flops_per_token: float
+
+
+def costs(model: ModelConfig, memory: MemoryConfig, vocab_size: int, sequence_length: int) -> Costs:
+    """Of a sample on one context-parallel rank; `vocab_size` is the padded one."""
+    return Costs(
+        memory_floats_per_sequence(model, memory, sequence_length),
+        num_parameters(model, vocab_size, memory),
+        memory_parameters(model, memory),
+        flops_per_token(model, memory, vocab_size, sequence_length),
+    )
+
+
 def flops_per_token(
     model: ModelConfig, memory: MemoryConfig, vocab_size: int, sequence_length: int, context_parallel_size: int = 1
 ) -> float:

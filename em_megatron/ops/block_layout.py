@@ -48,7 +48,7 @@ class BlockLayout:
         runs: the documents with a memory to read here: of two blocks or more, or with a history (host side).
         leaving: the documents that go on beyond the last block at hand, on the next rank or in the next sample.
         memory_tokens: [b, T_local] bool, tokens that may read the slots of their block.
-        shared_blocks: whether some block at hand holds more than one document, so that a local mask is needed.
+        shared: [B_local] whether a block at hand holds more than one document in any sample, so that a local mask is needed.
         history: [ranks + 1][b] blocks of memory that enter each rank's part of each sample, 0 where its first block
             starts a document; the last line is what the end of the sample hands on to the next one in its slot.
         sequence_rank: which part this is, from 0.
@@ -61,7 +61,7 @@ class BlockLayout:
     runs: tuple[Run, ...]
     leaving: tuple[Run, ...]
     memory_tokens: Tensor
-    shared_blocks: bool
+    shared: tuple[bool, ...]
     history: tuple[tuple[int, ...], ...]
     sequence_rank: int = 0
     slots: tuple[int, ...] = ()
@@ -96,6 +96,11 @@ class BlockLayout:
     def segment_stop(self) -> Tensor:
         """[b, T_local] int32, where in its block the document of a token ends."""
         return self._segment_bounds[1]
+
+    @property
+    def shared_blocks(self) -> bool:
+        """Whether any block at hand holds more than one document."""
+        return any(self.shared)
 
     @property
     def batch_size(self) -> int:
@@ -190,7 +195,7 @@ class BlockLayout:
             runs=tuple(run for run in mine if run and (run.num_blocks > 1 or run.history)),
             leaving=tuple(run for run in mine if run and run.first_block + run.num_blocks == size and after[run.row]),
             memory_tokens=to_device(memory_tokens[:, here].flatten(1).contiguous(), device),
-            shared_blocks=not bool(uniform[:, here].all()),
+            shared=tuple((~uniform[:, here].all(0)).tolist()),
             history=table,
             sequence_rank=sequence_rank,
             slots=tuple(slots.tolist()) if slots is not None else (),

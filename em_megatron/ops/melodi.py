@@ -6,6 +6,9 @@ heads, d head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +17,7 @@ from em_megatron.config import MemoryConfig
 from em_megatron.hf.melodi_elastic_memory import mixed
 from em_megatron.ops.block_layout import BlockLayout
 from em_megatron.ops.kinds.reading import causal_attention, readers
+from em_megatron.ops.transfer import to_device
 
 
 class Windows:
@@ -36,15 +40,20 @@ class Windows:
 
     def all_read(self, window: int) -> bool:
         """Whether every token of the window, of every sample, has the window before as its past."""
-        return all(self.history[window]) and not self.layout.shared_blocks
+        return all(self.history[window]) and not self.layout.shared[window]
 
     def own_mask(self, window: int, with_short: bool) -> Tensor | None:
         """Who sees whom, [b, 1, W+U, (S+) W+U] bool; None where plain causal attention is right."""
-        if not self.layout.shared_blocks and (not with_short or self.all_read(window)):
+        if not self.layout.shared[window] and (not with_short or self.all_read(window)):
             return None
-        name = ("own mask", window, with_short, self.summary)
+        return self._once(self._own_mask, window, with_short)
+
+    def _once(self, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """What a method makes of these arguments, for all layers of models with as many memory tokens."""
+        sizes = (self.summary, self.memory.long_term_increment)
+        name = (make.__name__, *arguments, *sizes)
         if name not in self.layout.derived:
-            self.layout.derived[name] = self._own_mask(window, with_short)
+            self.layout.derived[name] = make(*arguments)
         found: Tensor = self.layout.derived[name]
         return found
 
@@ -62,9 +71,12 @@ class Windows:
 
     def reads(self, window: int) -> Tensor:
         """[b, W+U] bool: positions that see the window before."""
+        return self._once(self._reads, window)
+
+    def _reads(self, window: int) -> Tensor:
         span = slice(window * self.length, (window + 1) * self.length)
         tokens = self.layout.memory_tokens[:, span]
-        goes_on = torch.tensor([bool(blocks) for blocks in self.history[window]]).to(tokens.device)
+        goes_on = to_device(torch.tensor([bool(blocks) for blocks in self.history[window]]), tokens.device)
         return torch.cat([tokens, goes_on[:, None].expand(-1, self.summary)], 1)
 
     def long_mask(self, window: int, kept: int) -> Tensor | None:
@@ -72,12 +84,14 @@ class Windows:
 
         Samples without a history see all: what they find is not used.
         """
-        increment, history = self.memory.long_term_increment, self.history[window]
-        if all(blocks == 0 or blocks >= kept for blocks in history):
+        if all(blocks == 0 or blocks >= kept for blocks in self.history[window]):
             return None
-        seen = [[kept - at <= blocks or not blocks for at in range(kept)] for blocks in history]
-        mask = torch.tensor(seen).repeat_interleave(increment, 1)
-        return mask.to(self.layout.segment_ids.device)[:, None, None]
+        return self._once(self._long_mask, window, kept)
+
+    def _long_mask(self, window: int, kept: int) -> Tensor:
+        seen = [[kept - at <= blocks or not blocks for at in range(kept)] for blocks in self.history[window]]
+        mask = torch.tensor(seen).repeat_interleave(self.memory.long_term_increment, 1)
+        return to_device(mask, self.layout.segment_ids.device)[:, None, None]
 
 
 def attend_window(

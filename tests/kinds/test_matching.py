@@ -38,15 +38,18 @@ def test_every_kind_at_every_factor(rows):
 def test_recipe(path, rows):
     config, row = load_config(path), next(row for row in rows if row.name == path.stem)
     validate(config, world_size=8)
-    assert memory_floats_per_sequence(config.model, config.memory, config.data.sequence_length) == row.floats
-    assert num_parameters(config.model, VOCABULARY, config.memory) == row.parameters
+    assert (
+        memory_floats_per_sequence(config.model, config.memory, config.data.sequence_length)
+        == row.costs.memory_floats_per_sequence
+    )
+    assert num_parameters(config.model, VOCABULARY, config.memory) == row.costs.parameters
     if path.stem.startswith(MATCHED):
-        assert row.floats == pytest.approx(row.wanted, rel=0.005)
+        assert row.costs.memory_floats_per_sequence == pytest.approx(row.wanted, rel=0.005)
     transformer = num_parameters(load_config(BASE).model, VOCABULARY)
     if path.stem.endswith("equal_parameters"):
-        assert row.parameters == pytest.approx(transformer, rel=0.005)
+        assert row.costs.parameters == pytest.approx(transformer, rel=0.005)
     else:
-        assert row.parameters == transformer + row.own_parameters
+        assert row.costs.parameters == transformer + row.costs.memory_parameters
 
 
 def test_refusals(capsys):

@@ -158,14 +158,13 @@ def test_memorizing_all_of_the_history_by_the_memory_path_alone_is_attention_ove
     named, memory = draw("memorizing, dense"), memory_of("memorizing, dense")
     named["gate"] = torch.full((HEADS,), 50.0, dtype=torch.float64)
     out = operate(named, BlockLayout.single_document(2, 30, LENGTH), memory)
-    query, key = (torch.nn.functional.normalize(named[name], dim=-1) for name in ("query", "key"))
+    query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (named["query"], named["key"]))
     key, value = (x.repeat_interleave(2, 2) for x in (key, named["value"]))
     logits = torch.einsum("tbhd,sbhd->bhts", query, key) * named["scale"][:, None, None]
     history = torch.arange(30)[:, None] // LENGTH > torch.arange(30)[None] // LENGTH
     shares = torch.softmax(logits[:, :, LENGTH:].masked_fill(~history[LENGTH:], float("-inf")), -1)
     expected = torch.einsum("bhts,sbhd->tbhd", shares, value)
-    # Keys are divided by √(Σx² + 1e-6) rather than by their norm.
-    torch.testing.assert_close(out[LENGTH:], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[LENGTH:], expected, **FP64)
 
 
 @pytest.mark.parametrize("kind", ["infini, linear", "infini, delta", "subsample"])

@@ -17,7 +17,9 @@ from torch import Tensor
 from em_megatron.hf.kinds_elastic_memory import positive
 from em_megatron.ops.block_layout import BlockLayout
 from em_megatron.ops.kinds.exchange import gather
-from em_megatron.ops.kinds.reading import Reading, gated, untouched
+from em_megatron.ops.kinds.reading import Reading, gated, readers, untouched
+from em_megatron.ops.transfer import to_device
+from em_megatron.parallel.memory_handoff import Route
 
 
 def infini_attention(
@@ -49,12 +51,7 @@ class _States:
         self.sums = self.keys.sum(3)
         self.added = self.keys.transpose(-1, -2) @ self.values
         self.delta = reading.memory.update == "delta"
-        # 1 where a block goes on with the document of the block before it, [B, b, 1, 1].
-        goes_on = torch.zeros(layout.num_blocks, layout.batch_size)
-        for run in layout.runs:
-            first = run.first_block + (0 if run.history else 1)
-            goes_on[first : run.first_block + run.num_blocks, run.row] = 1.0
-        self.goes_on = goes_on.to(self.keys.device, self.keys.dtype)[..., None, None]
+        self.goes_on = _goes_on(layout, key.device).to(self.keys.dtype)[..., None, None]  # [B, b, 1, 1]
 
     def entering_blocks(self) -> tuple[Tensor, Tensor]:
         """[B, b, hk, d, d] and [B, b, hk, d]."""
@@ -89,7 +86,7 @@ class _States:
     def _from_the_left(self, given: Tensor) -> Tensor:
         """Sum over the ranks before this one that hold the document that enters here, [b, …] of each rank's `given`."""
         everyone = gather(given, self.reading.group)
-        return (everyone * self._sources(given.dim()).to(given)).sum(0)
+        return (everyone * self._sources(given)).sum(0)
 
     def _matrix_from_the_left(self, normalizer: Tensor) -> Tensor:
         """M of the documents that enter here, [b, hk, d, d]."""
@@ -100,7 +97,7 @@ class _States:
             return self._from_the_left(total)
         kept, added = self._end_of_delta(normalizer)
         everyone = gather(torch.cat([kept, added], -1), self.reading.group)
-        sources, matrix = self._sources(added.dim()).to(added), torch.zeros_like(added)
+        sources, matrix = self._sources(added), torch.zeros_like(added)
         for rank, part in enumerate(everyone):
             keeps, adds = part.chunk(2, -1)
             matrix = torch.lerp(matrix, keeps @ matrix + adds, sources[rank])
@@ -118,15 +115,30 @@ class _States:
             normalizer = normalizer + self.sums[block]
         return kept, added
 
-    def _sources(self, dims: int) -> Tensor:
-        """[ranks, b, 1, …] 1 for ranks whose blocks end with the document that enters here."""
-        layout = self.layout
-        found = torch.zeros(layout.sequence_size, layout.batch_size)
-        for row in range(layout.batch_size):
-            rank = layout.sequence_rank
-            while rank > 0 and layout.history[rank][row]:
-                rank -= 1
-                found[rank, row] = 1.0
-                if layout.history[rank + 1][row] <= layout.num_blocks:
-                    break
-        return found.view(*found.shape, *[1] * (dims - 1))
+    def _sources(self, like: Tensor) -> Tensor:
+        """[ranks, b, 1, …] 1 for ranks that hold the document that enters here, as many dimensions as `like` has and one."""
+        found = _sources(self.layout, like.device)
+        return found.to(like.dtype).view(*found.shape, *[1] * (like.dim() - 1))
+
+
+def _goes_on(layout: BlockLayout, device: torch.device) -> Tensor:
+    """[B, b] bool: blocks that go on with the document of the block before them."""
+    if _goes_on not in layout.derived:
+        found = torch.zeros(layout.num_blocks, layout.batch_size, dtype=torch.bool)
+        for reader in readers(layout):
+            found[reader.block, reader.row] = True
+        layout.derived[_goes_on] = to_device(found, device)
+    kept: Tensor = layout.derived[_goes_on]
+    return kept
+
+
+def _sources(layout: BlockLayout, device: torch.device) -> Tensor:
+    """[ranks, b] bool: ranks before this one that hold the document that enters here."""
+    if _sources not in layout.derived:
+        found = torch.zeros(layout.sequence_size, layout.batch_size, dtype=torch.bool)
+        route = Route.of(layout)
+        for row in layout.entering_rows if layout.sequence_rank else ():
+            found[route.sources(row), row] = True
+        layout.derived[_sources] = to_device(found, device)
+    kept: Tensor = layout.derived[_sources]
+    return kept

@@ -5,6 +5,7 @@ Legend: T tokens at hand, L block length, B blocks at hand, b samples, h heads, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from em_megatron.config import MemoryConfig
 from em_megatron.ops.block_layout import BlockLayout
 from em_megatron.ops.rotary import rotary_tables, rotate
+from em_megatron.ops.transfer import to_device
 from em_megatron.ops.trapezoid_attention import trapezoid_attention
 
 
@@ -57,24 +59,19 @@ def readers(layout: BlockLayout) -> list[Reader]:
     return found
 
 
-def pick(x: Tensor, layout: BlockLayout) -> Tensor:
-    """[T, b, h, d] → the blocks of `readers`, [n, h, L, d]."""
-    blocks, rows = _indices(layout, x.device)
+def pick(x: Tensor, layout: BlockLayout, reading: bool = True) -> Tensor:
+    """[T, b, h, d] → the blocks of `readers`, [n, h, L, d], or with reading=False all others."""
+    blocks, rows = _indices(layout, reading, x.device)
     by_block = x.view(-1, layout.block_length, *x.shape[1:])
     return by_block[blocks, :, rows].transpose(1, 2)
 
 
-def put(found: Tensor, layout: BlockLayout) -> Tensor:
-    """[n, h, L, d] of the readers → [T, b, h, d], zeros elsewhere."""
+def put(found: Tensor, layout: BlockLayout, reading: bool = True) -> Tensor:
+    """What `pick` gave, [n, h, L, d] → [T, b, h, d], zeros elsewhere."""
     heads, length, dim = found.shape[1:]
-    blocks, rows = _indices(layout, found.device)
+    blocks, rows = _indices(layout, reading, found.device)
     out = found.new_zeros(layout.num_blocks, layout.batch_size, length, heads, dim)
     return out.index_put((blocks, rows), found.transpose(1, 2)).transpose(1, 2).flatten(0, 1)
-
-
-def where_read(read: Tensor, local: Tensor, layout: BlockLayout) -> Tensor:
-    """`read` for tokens with a history, `local` for the others, both [T, b, h, d]."""
-    return torch.where(layout.memory_tokens.T[..., None, None], read, local)
 
 
 def gated(read: Tensor, local: Tensor, gate: Tensor, layout: BlockLayout) -> Tensor:
@@ -118,12 +115,15 @@ def _round_up(length: int) -> int:
     return 1 << max(0, length - 1).bit_length()
 
 
-def _indices(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] | None = layout.derived.get(_indices)
-    if found is None:
-        found = (
-            torch.tensor([reader.block for reader in readers(layout)], dtype=torch.int64).to(device),
-            torch.tensor([reader.row for reader in readers(layout)], dtype=torch.int64).to(device),
-        )
-        layout.derived[_indices] = found
-    return found
+def _indices(layout: BlockLayout, reading: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Blocks and samples of the readers, or of all other blocks."""
+    name = (_indices, reading)
+    if name not in layout.derived:
+        places = [(reader.block, reader.row) for reader in readers(layout)]
+        if not reading:
+            every = itertools.product(range(layout.num_blocks), range(layout.batch_size))
+            places = sorted(set(every) - set(places))
+        both = torch.tensor(places, dtype=torch.int64).view(-1, 2).T.contiguous()
+        layout.derived[name] = to_device(both, device)
+    blocks, rows = layout.derived[name]
+    return blocks, rows

@@ -14,6 +14,7 @@ from em_megatron.hf.kinds_elastic_memory import sampled_tokens
 from em_megatron.ops.block_layout import BlockLayout
 from em_megatron.ops.kinds.exchange import whole_sample
 from em_megatron.ops.kinds.reading import Reading, readers
+from em_megatron.ops.transfer import to_device
 from em_megatron.ops.trapezoid_attention import trapezoid_attention
 
 
@@ -45,6 +46,6 @@ def _tokens_read(layout: BlockLayout, points: tuple[float, ...], device: torch.d
         for reader in readers(layout):
             first = (before + reader.block - reader.history) * layout.block_length
             at[reader.row, reader.block] = first + sampled_tokens(points, reader.history * layout.block_length)
-        layout.derived[name] = at.to(device)
+        layout.derived[name] = to_device(at, device)
     found: Tensor = layout.derived[name]
     return found

@@ -9,27 +9,32 @@ from torch import Tensor
 
 from em_megatron.ops.block_layout import BlockLayout
 from em_megatron.ops.kinds.exchange import last_block_from_the_left
-from em_megatron.ops.kinds.reading import Reading, causal_attention, pick, put, readers, rotated, where_read
+from em_megatron.ops.kinds.reading import Reading, causal_attention, pick, put, readers, rotated
 
 
 def previous_block_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, reading: Reading, weights: Mapping[str, Tensor]
 ) -> Tensor:
-    """Causal attention to the block before and the block itself, rotary positions 0 … 2L − 1: [T, b, hq, d]."""
-    before_key, before_value = _before(key, layout, reading), _before(value, layout, reading)
-    local = reading.local(query, key, value, layout)
+    """Causal attention to the block before and the block itself, rotary positions 0 … 2L − 1: [T, b, hq, d].
+
+    Blocks without one before them, and short documents that share a block, attend to themselves.
+    """
+    before = _before(torch.cat([key, value], -1).detach(), layout, reading)
     if not readers(layout):
-        return local
-    base = reading.rotary_base
-    keys = torch.cat([pick(before_key, layout), pick(key, layout)], 2)
-    values = torch.cat([pick(before_value, layout), pick(value, layout)], 2)
-    queries = rotated(pick(query, layout), layout.block_length, base)
-    read = causal_attention(queries, rotated(keys, 0, base), values)
-    return where_read(put(read, layout), local, layout)
+        return reading.local(query, key, value, layout)
+    base, length = reading.rotary_base, layout.block_length
+    earlier = pick(before, layout).chunk(2, -1)
+    keys, values = (torch.cat([past, pick(x, layout)], 2) for past, x in zip(earlier, (key, value), strict=True))
+    read = causal_attention(rotated(pick(query, layout), length, base), rotated(keys, 0, base), values)
+    if layout.shared_blocks:
+        local = reading.local(query, key, value, layout)
+        return torch.where(layout.memory_tokens.T[..., None, None], put(read, layout), local)
+    q, k, v = (pick(x, layout, reading=False) for x in (query, key, value))
+    alone = causal_attention(rotated(q, 0, base), rotated(k, 0, base), v)
+    return put(read, layout) + put(alone, layout, reading=False)
 
 
-def _before(x: Tensor, layout: BlockLayout, reading: Reading) -> Tensor:
-    """Each block's place holds the block before it, detached, the first one that of the rank to the left."""
-    x = x.detach()
+def _before(signal: Tensor, layout: BlockLayout, reading: Reading) -> Tensor:
+    """Each block's place holds the block before it, the first one that of the rank to the left."""
     group = reading.group if layout.crosses_ranks else None
-    return torch.cat([last_block_from_the_left(x, layout.block_length, group), x[: -layout.block_length]])
+    return torch.cat([last_block_from_the_left(signal, layout.block_length, group), signal[: -layout.block_length]])
