@@ -28,6 +28,11 @@ def prepare(plan: Plan, corpus: str, say: Callable[[str], None]) -> None:
     texts = Path(source.texts).expanduser() if source.texts else folder / "texts"
     if source.domain is not None:
         _step(say, f"fetching the texts of {corpus}", "tokenizer.domains", source.domain, "--output", str(texts))
+    if source.recall is not None and not (texts / "contents.json").is_file():
+        _step(
+            say, f"making the texts of {corpus}", "em_megatron.evaluation.recall_texts", source.recall, "--output", str(texts),
+            "--documents", str(source.recall_documents), "--digits", str(source.recall_digits),
+        )  # fmt: skip
     model = folder / "tokenizer.model"
     if not model.is_file():
         _step(

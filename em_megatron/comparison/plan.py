@@ -9,6 +9,7 @@ sequence (`kinds.matching`).
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +30,14 @@ FOLLOWS_ORDER = "order"
 
 @dataclass
 class CorpusPlan:
-    """Where a corpus comes from: one of the three."""
+    """Where a corpus comes from: one of domain, texts, shards, recall."""
 
     domain: str | None = option(None, "of tokenizer.domains: prose, code, manuals; fetched and encoded when needed")
     texts: str | None = option(None, "folder of .txt files; encoded when needed")
     shards: str | None = option(None, "folder written by tokenizer.encode")
+    recall: str | None = option(None, "texts made to teach a task of evaluation.recall: passkey, single, ...")
+    recall_documents: int = option(4000, "recall: texts made")
+    recall_digits: int = option(3, "recall: digits of a number")
 
 
 @dataclass
@@ -47,6 +51,7 @@ class Group:
     corpora: list[str] = option([], "names of corpora")
     sizes: list[str] = option([], "names of sizes")
     seeds: list[int] = option([1], "seeds of initial weights and order of data")
+    suite: str = option("", "parts of launch/evaluate.py --suite for these cells; empty: the plan's")
 
 
 @dataclass
@@ -57,6 +62,15 @@ class SpeedPlan:
     sizes: list[str] = option([], "names of sizes")
     corpus: str = option("", "name of a corpus")
     steps: int = option(12, "steps of a run; the first quarter is not counted")
+
+
+@dataclass
+class Claim:
+    """A comparison that the report answers: is the held-out loss of `better` lower than that of `than`?"""
+
+    text: str = option(MISSING, "what is claimed")
+    better: str = option(MISSING, "label of a row, such as elastic_1x")
+    than: str = option(MISSING, "label of a row")
 
 
 @dataclass
@@ -76,6 +90,10 @@ class Plan:
     speed: SpeedPlan = field(default_factory=SpeedPlan)
     suite: str = option("perplexity", "parts of launch/evaluate.py --suite for every cell, with their options")
     evaluate: list[str] = option([], "further arguments of launch/evaluate.py for every cell")
+    evaluator: str = option(
+        "", "label of the row whose run (same corpus and size, first seed) finds the key tokens of long_ppl"
+    )
+    claims: list[Claim] = field(default_factory=list)
     ranks: int = option(1, "processes of a run (GPUs), by torchrun where more than one")
     workers: int = option(1, "runs at a time on one machine")
     threads: int = option(1, "CPU threads of a process")
@@ -93,6 +111,8 @@ class Plan:
         """Where a corpus that is encoded here lies; comparisons share those of domains."""
         source = self.corpora[corpus]
         folder = f"{source.domain}-{self.vocab_size}" if source.domain else f"{self.name}-{corpus}-{self.vocab_size}"
+        if source.recall:
+            folder = f"{source.recall}-{source.recall_digits}-{source.recall_documents}-{self.vocab_size}"
         return Path(self.output_dir).expanduser() / "corpora" / folder
 
 
@@ -110,6 +130,7 @@ class Cell:
     overrides: tuple[str, ...]
     config: RunConfig
     costs: Costs
+    suite: str
     speed_only: bool = False
 
     @property
@@ -144,9 +165,9 @@ def _check(plan: Plan, path: Path) -> None:
     if plan.name in ("", MISSING):
         raise ConfigError(f"plan {path} has no name")
     for name, corpus in plan.corpora.items():
-        if sum(source is not None for source in (corpus.domain, corpus.texts, corpus.shards)) != 1:
-            raise ConfigError(f"plan {path}: corpus '{name}' needs one of domain, texts, shards")
-    wanted = [*plan.groups, *([plan.speed] if plan.speed.kinds else [])]
+        if sum(source is not None for source in (corpus.domain, corpus.texts, corpus.shards, corpus.recall)) != 1:
+            raise ConfigError(f"plan {path}: corpus '{name}' needs one of domain, texts, shards, recall")
+    wanted: list[Group | SpeedPlan] = [*plan.groups, *([plan.speed] if plan.speed.kinds else [])]
     for group in wanted:
         corpora = group.corpora if isinstance(group, Group) else [group.corpus]
         known = {"corpus": (corpora, plan.corpora), "size": (group.sizes, plan.sizes)}
@@ -195,6 +216,17 @@ def base_text(plan: Plan) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in the grid cells lie; steps: of a measurement of speed, 0 otherwise."""
+
+    corpus: str
+    size: str
+    seed: int
+    suite: str
+    steps: int = 0
+
+
 def cells_of(plan: Plan) -> list[Cell]:
     """Every cell once, those of the speed measurement last; all are checked before any is run.
 
@@ -204,26 +236,23 @@ def cells_of(plan: Plan) -> list[Cell]:
     base = base_recipe(plan)
     found: dict[str, Cell] = {}
     for group in plan.groups:
-        for corpus in group.corpora:
-            for size in group.sizes:
-                for seed in group.seeds:
-                    for kind in group.kinds:
-                        for cell in _cells(plan, base, kind, group.factors, corpus, size, seed):
-                            found.setdefault(cell.name, cell)
-    for size in plan.speed.sizes:
-        for kind in plan.speed.kinds:
-            factor = _factor_of(kind)
-            name = kind.rpartition("_")[0] if factor else kind
-            (cell,) = _cells(plan, base, name, [factor or 1], plan.speed.corpus, size, 1, steps=plan.speed.steps)
-            found[cell.name] = cell
+        for corpus, size, seed in itertools.product(group.corpora, group.sizes, group.seeds):
+            place = Place(corpus, size, seed, group.suite or plan.suite)
+            for kind in group.kinds:
+                for cell in _cells(plan, base, kind, group.factors, place):
+                    found.setdefault(cell.name, cell)
+    for size, kind in itertools.product(plan.speed.sizes, plan.speed.kinds):
+        factor = _factor_of(kind)
+        name = kind.rpartition("_")[0] if factor else kind
+        place = Place(plan.speed.corpus, size, 1, "", plan.speed.steps)
+        (cell,) = _cells(plan, base, name, [factor or 1], place)
+        found[cell.name] = cell
     return list(found.values())
 
 
-def _cells(
-    plan: Plan, base: RunConfig, kind: str, factors: Sequence[int], corpus: str, size: str, seed: int, steps: int = 0
-) -> list[Cell]:
-    """A kind at its memory sizes. `steps`: of a measurement of speed."""
-    sized = load_config(plan.folder / "base.yaml", _size_overrides(plan, size))
+def _cells(plan: Plan, base: RunConfig, kind: str, factors: Sequence[int], place: Place) -> list[Cell]:
+    """A kind at its memory sizes."""
+    sized = load_config(plan.folder / "base.yaml", _size_overrides(plan, place.size))
     elastic = replace(base.memory, kind="elastic")
     once = memory_floats_per_sequence(sized.model, elastic, sized.data.sequence_length)
     section = _section(plan, kind)
@@ -231,12 +260,11 @@ def _cells(
     memory = replace(elastic, **{key: value for key, value in section.items() if value != FOLLOWS_ORDER})
     sizable = can_match(memory)
     found = []
-    for factor in factors if sizable else [1]:
+    for factor in factors if sizable else [0]:
         settings = section | matched(sized.model, memory, sized.data.sequence_length, factor * once).settings
         if follows:
             settings["slots"] = settings.get("order", memory.order)
-        label = f"{kind}_{factor}x" if sizable else kind
-        found.append(_cell(plan, kind, factor if sizable else 0, label, corpus, size, seed, settings, steps))
+        found.append(_cell(plan, kind, factor, place, settings))
     return found
 
 
@@ -244,27 +272,18 @@ def _size_overrides(plan: Plan, size: str) -> list[str]:
     return [f"{key}={value}" for key, value in dict(plan.sizes[size] or {}).items()]
 
 
-def _cell(
-    plan: Plan,
-    kind: str,
-    factor: int,
-    label: str,
-    corpus: str,
-    size: str,
-    seed: int,
-    memory: dict[str, Any],
-    steps: int,
-) -> Cell:
-    name = f"speed-{size}-{label}" if steps else f"{corpus}-{size}-{label}-seed{seed}"
+def _cell(plan: Plan, kind: str, factor: int, place: Place, memory: dict[str, Any]) -> Cell:
+    label = f"{kind}_{factor}x" if factor else kind
+    name = f"speed-{place.size}-{label}" if place.steps else f"{place.corpus}-{place.size}-{label}-seed{place.seed}"
     overrides = [
         f"name={name}",
-        f"seed={seed}",
-        f"data.path={plan.shards(corpus)}",
-        *_size_overrides(plan, size),
+        f"seed={place.seed}",
+        f"data.path={plan.shards(place.corpus)}",
+        *_size_overrides(plan, place.size),
         *(f"memory.{key}={value}" for key, value in memory.items()),
     ]
-    if steps:
-        overrides += [f"training.train_steps={steps}", f"optimizer.warmup_steps={max(1, steps // 4)}"]
+    if place.steps:
+        overrides += [f"training.train_steps={place.steps}", f"optimizer.warmup_steps={max(1, place.steps // 4)}"]
         overrides += ["validation.interval=0"]
     try:
         config = load_config(plan.folder / "base.yaml", overrides)
@@ -273,7 +292,10 @@ def _cell(
         raise ConfigError(f"cell {name}: {error}") from None
     vocab = padded_vocab_size(plan.vocab_size, config.model.make_vocab_size_divisible_by)
     cost = costs(config.model, config.memory, vocab, config.data.sequence_length)
-    return Cell(name, label, kind, factor, corpus, size, seed, tuple(overrides), config, cost, bool(steps))
+    return Cell(
+        name, label, kind, factor, place.corpus, place.size, place.seed, tuple(overrides), config, cost, place.suite,
+        place.steps > 0,
+    )  # fmt: skip
 
 
 def grows(cell: Cell) -> bool:

@@ -6,6 +6,7 @@ Ctrl-C reach the cells at work, which save; a cell that fails leaves the others 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from em_megatron.comparison.plan import Cell, Plan
 LAUNCH = Path(__file__).parents[2] / "launch"
 POLL_SECONDS = 0.2
 EVALUATED_NAME = "evaluation/evaluation.json"
+MACHINE_NAME = "machine.json"
 
 
 def trained(cell: Cell) -> bool:
@@ -34,15 +36,31 @@ def evaluated(cell: Cell) -> bool:
     return cell.speed_only or (cell.run_dir / EVALUATED_NAME).is_file()
 
 
-def commands(plan: Plan, cell: Cell) -> list[list[str]]:
+def commands(plan: Plan, cell: Cell, stages: Sequence[str], evaluator: Path | None = None) -> list[list[str]]:
     """What is left to run for a cell, in order."""
     found = []
-    if not trained(cell):
+    if "train" in stages and not trained(cell):
         quiet = ["logging.progress=false"] if plan.workers > 1 else []
         found.append(["pretrain.py", str(plan.folder / "base.yaml"), *cell.overrides, *quiet])
-    if not evaluated(cell):
-        found.append(["evaluate.py", str(cell.run_dir), "--suite", plan.suite, *plan.evaluate])
+    if "evaluate" in stages and not evaluated(cell):
+        found.append(["evaluate.py", str(cell.run_dir), *evaluation_arguments(plan, cell, evaluator)])
     return [[*_python(plan), str(LAUNCH / script), *arguments] for script, *arguments in found]
+
+
+def evaluation_arguments(plan: Plan, cell: Cell, evaluator: Path | None) -> list[str]:
+    """What evaluate.py is told about a cell."""
+    judge = ["--evaluator", str(evaluator)] if evaluator is not None and "long_ppl" in cell.suite else []
+    return ["--suite", cell.suite, *judge, *plan.evaluate]
+
+
+def evaluator_of(plan: Plan, cells: Sequence[Cell], cell: Cell) -> Path | None:
+    """The run that finds the key tokens for a cell, None where the plan names none or the comparison has none."""
+    same = [
+        other
+        for other in cells
+        if (other.label, other.corpus, other.size) == (plan.evaluator, cell.corpus, cell.size) and not other.speed_only
+    ]
+    return min(same, key=lambda other: other.seed).run_dir if same else None
 
 
 def _python(plan: Plan) -> list[str]:
@@ -94,21 +112,27 @@ class Outcome:
 
 
 def run_cells(
-    plan: Plan, cells: Sequence[Cell], say: Callable[[str], None], stopped: Callable[[], bool] = lambda: False
-) -> Outcome:
-    """Runs what is left of the cells, `plan.workers` at a time; those that measure speed at the end, one at a time."""
+    plan: Plan, cells: Sequence[Cell], chosen: Sequence[Cell], stages: Sequence[str], say: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> Outcome:  # fmt: skip
+    """Runs what is left of the chosen cells of a plan, `plan.workers` at a time; cells that measure speed one at a time.
+
+    All are trained before the first is evaluated, for one of them may be the evaluator of the others.
+    """
     outcome = Outcome()
-    for alone in (False, True):
-        chosen = [cell for cell in cells if cell.speed_only == alone]
-        _run(plan, chosen, 1 if alone else plan.workers, outcome, say, stopped)
+    for stage in stages:
+        for alone in (False, True):
+            part = [cell for cell in chosen if cell.speed_only == alone and cell.name not in outcome.failed]
+            work = [(cell, commands(plan, cell, [stage], evaluator_of(plan, cells, cell))) for cell in part]
+            _run(plan, stage, [pair for pair in work if pair[1]], 1 if alone else plan.workers, outcome, say, stopped)
     return outcome
 
 
 def _run(
-    plan: Plan, cells: Sequence[Cell], workers: int, outcome: Outcome, say: Callable[[str], None],
-    stopped: Callable[[], bool],
+    plan: Plan, stage: str, work: Sequence[tuple[Cell, list[list[str]]]], workers: int, outcome: Outcome,
+    say: Callable[[str], None], stopped: Callable[[], bool],
 ) -> None:  # fmt: skip
-    waiting = deque((cell, left) for cell in cells if (left := commands(plan, cell)))
+    waiting = deque(work)
     total, done, started, at_work = len(waiting), 0, time.monotonic(), list[Worker]()
     environment = os.environ | {"OMP_NUM_THREADS": str(plan.threads)}
     while waiting or at_work:
@@ -119,21 +143,36 @@ def _run(
                 worker.stop()
         while waiting and len(at_work) < workers:
             cell, left = waiting.popleft()
+            if stage == "train":
+                note_machine(cell)
             at_work.append(Worker(cell, deque(left), cell.run_dir / "compare.log"))
         for worker in [worker for worker in at_work if not worker.advance(environment)]:
             at_work.remove(worker)
             done += 1
-            _note(worker, outcome)
+            _note(worker, stage, outcome)
             passed = time.monotonic() - started
             rest = passed / done * (total - done)
             state = "failed" if worker.cell.name in outcome.failed else "done"
-            say(f"[{done}/{total}] {worker.cell.name} {state}; {_clock(passed)} passed, about {_clock(rest)} left")
+            say(
+                f"[{stage} {done}/{total}] {worker.cell.name} {state}; {_clock(passed)} passed, about {_clock(rest)} left"
+            )
         time.sleep(POLL_SECONDS)
 
 
-def _note(worker: Worker, outcome: Outcome) -> None:
+def note_machine(cell: Cell) -> None:
+    """Keeps beside a run what it is trained on."""
+    import torch
+
+    from em_megatron.benchmark.machine import describe, pick_device
+
+    cell.run_dir.mkdir(parents=True, exist_ok=True)
+    found = describe(pick_device("auto"), torch.float32)
+    (cell.run_dir / MACHINE_NAME).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _note(worker: Worker, stage: str, outcome: Outcome) -> None:
     cell = worker.cell
-    if trained(cell) and evaluated(cell):
+    if trained(cell) if stage == "train" else evaluated(cell):
         outcome.finished.append(cell.name)
     elif worker.code > 0:
         outcome.failed[cell.name] = worker.log

@@ -6,21 +6,19 @@ A document longer than a sample is cut, and the memory of each piece starts empt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from em_megatron.config import RunConfig
-from em_megatron.data.stream import TokenStream, collate
+from em_megatron.data.stream import TokenStream
+from em_megatron.evaluation.scoring import num_rounds, scored_rounds
 from em_megatron.parallel.process_groups import Layout
 from em_megatron.training.loss import sum_over_world
 from em_megatron.training.metrics import perplexity
-from em_megatron.training.microbatch import MicroBatch
-from em_megatron.training.step import is_reporting_rank, run_schedule, token_loss_step
+from em_megatron.training.step import is_reporting_rank
 
 POSITION_BINS_PER_BLOCK = 2
 
@@ -32,12 +30,12 @@ class PositionTally:
         self.bin_width, self.token_bytes = bin_width, token_bytes
         self.sums = torch.zeros(3, bins, dtype=torch.float64, device=token_bytes.device)
 
-    def add(self, batch: MicroBatch, losses: Tensor) -> None:
-        """batch and losses [b, T] in nats."""
-        at = (batch.positions // self.bin_width).flatten().long()
+    def add(self, positions: Tensor, labels: Tensor, losses: Tensor, loss_mask: Tensor) -> None:
+        """All of one shape; losses in nats, positions in the document's piece."""
+        at = (positions // self.bin_width).flatten().long()
         losses = losses.double().flatten()
-        values = torch.stack([losses, torch.ones_like(losses), self.token_bytes[batch.labels].flatten()])
-        self.sums.scatter_add_(1, at.expand(3, -1), values * batch.loss_mask.double().flatten())
+        values = torch.stack([losses, torch.ones_like(losses), self.token_bytes[labels].flatten()])
+        self.sums.scatter_add_(1, at.expand(3, -1), values * loss_mask.double().flatten())
 
 
 def summarise(sums: Tensor, bin_width: int) -> dict[str, Any]:
@@ -94,46 +92,17 @@ def evaluate(
     for chunk in model:
         chunk.eval()
     whole = True
-    with torch.no_grad():
-        for group in _my_batches(stream, max_samples, layout, config, device):
-            if interrupted():
-                whole = False
-                break
-            if group is None:
-                continue
-            size, feeds = group[0].tokens.shape[0], [iter(group) for _ in model]
-            found = run_schedule(token_loss_step, feeds, model, config, len(group), size, forward_only=True)
-            for batch, losses in zip(group, found, strict=False):  # nothing is found before the last pipeline stage
-                tally.add(batch, losses)
+    samples = stream.validation_samples(max_samples, layout.dp_rank, layout.dp_size)
+    most = -(-stream.num_validation_samples(max_samples) // layout.dp_size)
+    rounds = scored_rounds(config, layout, model, samples, most)
+    for _ in range(num_rounds(config, layout, most)):
+        if interrupted():
+            whole = False
+            break
+        for batch, losses in next(rounds):
+            tally.add(batch.positions, batch.labels, losses, batch.loss_mask)
     for chunk, training in zip(model, was_training, strict=True):
         chunk.train(training)
     if not whole:
         return None
     return summarise(sum_over_world(tally.sums, is_reporting_rank(layout)), width)
-
-
-def _my_batches(
-    stream: TokenStream, max_samples: int, layout: Layout, config: RunConfig, device: torch.device
-) -> Iterator[list[MicroBatch] | None]:
-    """This data-parallel rank's micro-batches, as many at a time as a schedule takes: one, or, interleaved, one for
-    each pipeline stage, the last of them filled up with samples whose tokens do not count.
-
-    Every rank has as many rounds; None where others have a sample more.
-    """
-    rows, together = config.training.micro_batch_size, layout.pp_size if layout.vpp_size else 1
-    mine = stream.validation_samples(max_samples, layout.dp_rank, layout.dp_size)
-    most = -(-stream.num_validation_samples(max_samples) // layout.dp_size)
-    for _ in range(-(-most // (rows * together))):
-        group = list(islice(mine, rows * together))
-        if not group:
-            yield None
-            continue
-        if together > 1:
-            idle = {**group[-1], "loss_mask": np.zeros_like(group[-1]["loss_mask"])}
-            group += [idle] * (rows * together - len(group))
-        yield [
-            MicroBatch.from_batch(
-                collate(group[first : first + rows]), config.memory.block_length, device, layout.cp_rank, layout.cp_size
-            )
-            for first in range(0, len(group), rows)
-        ]

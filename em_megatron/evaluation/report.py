@@ -1,80 +1,137 @@
-"""A checkpoint's held-out figures as a table, JSON and a picture."""
+"""What an evaluation found: evaluation.json, report.md, pictures, and a table for the terminal."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from em_megatron.evaluation.perplexity import evaluate
+from em_megatron.config import ConfigError
+from em_megatron.evaluation import pictures, tables
+from em_megatron.evaluation.options import PARTS
 from em_megatron.evaluation.reference_models import reference_bits_per_byte
-from em_megatron.model.sizes import Costs, costs, padded_vocab_size
+from em_megatron.evaluation.subject import MegatronSubject, Subject, open_subject
+from em_megatron.evaluation.suite import Settings, Suite, subject_identity
+from em_megatron.evaluation.sweep import readers
+from em_megatron.kinds import kind_of
+from em_megatron.model.sizes import Costs, costs, layer_letters, padded_vocab_size
 from em_megatron.training.metrics import finite
-from em_megatron.training.plots import plot_positions
-from em_megatron.training.restore import Restored, reader_of
-from em_megatron.training.setup import Corpus
-
-REFERENCES = {"unigram_tokens": "unigram model of the tokens", "byte_order_2": "order-2 model of the bytes"}
+from em_megatron.training.stopping import StopRequest
 
 
-def evaluate_checkpoint(
-    run: Restored, samples: int, with_references: bool, interrupted: Callable[[], bool] = lambda: False
-) -> dict[str, Any] | None:
-    """Figures of the held-out split; every rank takes part and gets them. None where it was interrupted, see `evaluate`.
+def evaluate_subject(
+    subject: Subject,
+    settings: Settings,
+    parts: Sequence[str],
+    references: bool,
+    output: Path | None,
+    stop: StopRequest,
+    writes: bool,
+) -> str:
+    """Runs the parts and writes the report; every rank takes part, the one that `writes` gets the table.
+
+    references: also score n-gram models (on this rank). output: folder of the report, by default beside the model.
 
     Raises:
-        DataError: the shards of the run cannot be used, or were made by another tokenizer.
+        Interrupted: it was asked to end; what is finished lies in the folder.
+        ConfigError, DataError: a part that cannot be done.
     """
-    corpus = Corpus.open(Path(run.config.data.path).expanduser())
-    corpus.manifest.check_tokenizer(run.vocabulary)
-    stream = corpus.stream(run.config, "validation")
-    token_bytes = torch.as_tensor(run.vocabulary.token_bytes)
-    found = evaluate(run.config, run.layout, run.model, stream, token_bytes, samples, interrupted)
-    if found is not None and with_references:
-        found["references"] = reference_bits_per_byte(corpus.path)
-    return found
+    folder = output or default_folder(subject)
+    skipped: dict[str, str] = {}
+    if list(parts) == ["all"]:
+        parts, skipped = possible(subject)
+    evaluator = None
+    if settings.evaluator and "long_ppl" in parts:
+        world_size = subject.run.layout.world_size if isinstance(subject, MegatronSubject) else 1
+        evaluator = open_subject(Path(settings.evaluator), (), world_size, beside=subject)
+    stopped = stop.agreed if isinstance(subject, MegatronSubject) else lambda: stop.here
+    suite = Suite(subject, settings, folder, evaluator, stopped, writes)
+    found = suite.run(parts)
+    if not writes:
+        return ""
+    if references:
+        found.setdefault("perplexity", {})["references"] = reference_bits_per_byte(
+            Path(subject.config.data.path).expanduser()
+        )
+    return write_report(subject, found, skipped, folder)
 
 
-def write_report(run: Restored, found: dict[str, Any], folder: Path) -> str:
-    """Writes evaluation.json and positions.png to `folder`; returns the table for the terminal."""
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        "checkpoint": str(run.checkpoint),
-        "step": run.step,
-        "memory": dataclasses.asdict(run.config.memory),
-        **dataclasses.asdict(_costs(run)),
-        **found,
-    }
-    (folder / "evaluation.json").write_text(json.dumps(finite(document), indent=1) + "\n")
-    plot_positions(found["positions"], folder / "positions.png", block_length=run.config.memory.block_length)
-    return _table(run, found) + f"\nreport in {folder}"
+def default_folder(subject: Subject) -> Path:
+    """RUN/evaluation of a run, FOLDER/evaluation of a Hugging Face folder."""
+    if isinstance(subject, MegatronSubject):
+        return subject.path.parent.parent / "evaluation"
+    return subject.path / "evaluation"
 
 
-def _costs(run: Restored) -> Costs:
-    config = run.config
-    vocab = padded_vocab_size(run.vocabulary.size, config.model.make_vocab_size_divisible_by)
+def possible(subject: Subject) -> tuple[list[str], dict[str, str]]:
+    """Parts that the model can do, and why not the others."""
+    skipped: dict[str, str] = {}
+    memory, config = subject.config.memory, subject.config
+    if not readers(memory):
+        skipped["sweep"] = f"a memory of kind {memory.kind} has no reader to exchange"
+    if memory.kind != "elastic":
+        skipped["noise"] = f"a memory of kind {memory.kind} has no coefficients"
+    if set(layer_letters(config.model)) != {"*"}:
+        skipped["recall"] = "text cannot be generated with layers M or G"
+    else:
+        try:
+            subject.new_text()
+        except ConfigError as error:
+            skipped["recall"] = str(error)
+    return [part for part in PARTS if part not in skipped], skipped
+
+
+def subject_costs(subject: Subject) -> Costs:
+    """Memory floats, parameters, FLOPs."""
+    config = subject.config
+    vocab = padded_vocab_size(subject.vocabulary.size, config.model.make_vocab_size_divisible_by)
     return costs(config.model, config.memory, vocab, config.data.sequence_length)
 
 
-def _table(run: Restored, found: dict[str, Any]) -> str:
-    cost = _costs(run)
-    lines = [
-        f"{run.checkpoint}: {reader_of(run.config.memory)}, {cost.memory_floats_per_sequence:,} memory floats per sequence",
-        f"{cost.parameters:,} parameters, {cost.memory_parameters:,} of them the memory's, "
-        f"{cost.flops_per_token / 1e6:,.1f} MFLOP per token of training",
-        f"held-out: {found['tokens']:,} tokens, {found['bytes']:,} bytes of text",
-        f"  loss {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.2f}",
-        f"  {found['bits_per_byte']:.4f} bits per byte",
-    ]
-    for name, value in found.get("references", {}).items():
-        share = found["bits_per_byte"] / value - 1
-        side = "lower" if share < 0 else "higher"
-        lines.append(f"  {value:.4f} bits per byte: {REFERENCES[name]} (this model is {abs(share):.1%} {side})")
-    lines.append("  position in the context    perplexity")
-    for row in found["positions"]:
-        lines.append(f"  {row['start']:>10,} to {row['stop'] - 1:<10,}  {row['perplexity']:10.2f}")
-    return "\n".join(lines)
+def write_report(subject: Subject, found: dict[str, Any], skipped: dict[str, str], folder: Path) -> str:
+    """Writes the files; parts of the same model and reader from earlier calls stay in. Returns the terminal's table.
+
+    In evaluation.json the figures of perplexity stand at the top, the other parts by their name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results = _earlier(subject, folder) | found
+    perplexity = results.get("perplexity", {})
+    header = {
+        "checkpoint": str(subject.path),
+        "step": subject.step,
+        "reader": tables.reader_of(subject.config.memory),
+        "memory": dataclasses.asdict(subject.config.memory),
+        "sequence_length": subject.config.data.sequence_length,
+        **dataclasses.asdict(subject_costs(subject)),
+    }
+    others = {name: results[name] for name in PARTS if name in results and name != "perplexity"}
+    document = finite(header | perplexity | others | ({"skipped": skipped} if skipped else {}))
+    drawn = pictures.draw(document, folder, subject.config.memory.block_length)
+    markdown = tables.markdown(document, drawn)
+    (folder / "report.md").write_text(markdown)
+    temporary = folder / "evaluation.writing"
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(temporary, folder / "evaluation.json")  # last: who sees it may rely on the rest
+    return tables.terminal(document) + f"\nreport in {folder}"
+
+
+def _earlier(subject: Subject, folder: Path) -> dict[str, Any]:
+    """Results of whole parts that were done with this model, reader and corpus."""
+    same, found = subject_identity(subject), {}
+    for path in sorted((folder / "parts").glob("*.json")):
+        try:
+            state = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        identity = {name: state.get("identity", {}).get(name) for name in same}
+        if state.get("complete") and identity == json.loads(json.dumps(same)):
+            found[path.stem] = state["result"]
+    return found
+
+
+def describe_kind(subject: Subject) -> str:
+    """The memory in a few words."""
+    return kind_of(subject.config.memory).describe(subject.config.memory)

@@ -46,15 +46,19 @@ class ElasticTransformerConfig(TransformerConfig):
 
     def banks(self) -> MemoryBanks:
         """The memory's matrices, one object for all layers of the process."""
-        memory = self.memory
-        with torch.device("cpu"):  # also while a model is laid out on the meta device
-            return shared_banks(
-                memory.order,
-                memory.block_length,
-                tuple(points_of(memory).tolist()),
-                memory.discretization,
-                Path(memory.bank_cache).expanduser() if memory.bank_cache else None,
-            )
+        return banks_of(self.memory)
+
+
+def banks_of(memory: MemoryConfig) -> MemoryBanks:
+    """The matrices of a memory section, one object for all layers of the process."""
+    with torch.device("cpu"):  # also while a model is laid out on the meta device
+        return shared_banks(
+            memory.order,
+            memory.block_length,
+            tuple(points_of(memory).tolist()),
+            memory.discretization,
+            Path(memory.bank_cache).expanduser() if memory.bank_cache else None,
+        )
 
 
 class TrapezoidCore(torch.nn.Module):
@@ -79,6 +83,11 @@ class TrapezoidCore(torch.nn.Module):
         self.banks = config.banks() if self.has_memory else None
         self.context_group = pg_collection.cp if pg_collection is not None else None
         self.carried: CarriedMemory | None = None
+
+    def use_reader(self, memory: MemoryConfig) -> None:
+        """Reads by another memory section from now on; it has no weights."""
+        self.memory = memory
+        self.banks = banks_of(memory) if self.has_memory else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout) -> Tensor:
         """query [T, b, hq, d], key and value [T, b, hk, d], all unrotated, T of this rank → [T, b, hq·d]."""

@@ -39,15 +39,20 @@ class KindCore(HeadParameters):
     ) -> None:
         super().__init__()
         self.layer = (layer_number - 1) // 2  # sub-layers alternate: attention, MLP
-        self.memory, self.rotary_base = config.memory, config.rotary_base
+        self.rotary_base = config.rotary_base
         self.has_memory = self.layer in memory_layers(config.memory, config.num_layers // 2)
-        points = tuple(points_of(config.memory).tolist()) if kind_of(config.memory).reads_sampler else ()
-        group = pg_collection.cp if pg_collection is not None else None
-        self.reading = Reading(config.memory, config.rotary_base, points, group)
+        self.context_group = pg_collection.cp if pg_collection is not None else None
+        self.use_reader(config.memory)
         self.tensor_group = pg_collection.tp if pg_collection is not None else None
         heads = config.num_attention_heads // config.tensor_model_parallel_size
         for name, start in PARAMETERS.get(config.memory.kind, {}).items() if self.has_memory else ():
             self.add(name, heads, start, config.params_dtype)
+
+    def use_reader(self, memory: MemoryConfig) -> None:
+        """Reads by another memory section from now on, with the same weights."""
+        points = tuple(points_of(memory).tolist()) if kind_of(memory).reads_sampler else ()
+        self.memory = memory
+        self.reading = Reading(memory, self.rotary_base, points, self.context_group)
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
-from em_megatron.config import ConfigError, RunConfig
+from em_megatron.config import ConfigError, MemoryConfig, RunConfig
 from em_megatron.kinds import kind_of
 from em_megatron.model.carried_memory import CarriedMemory
 from em_megatron.model.elastic_attention import ElasticTransformerConfig
@@ -186,6 +186,22 @@ def attach_carried_memory(model_chunks: list[torch.nn.Module]) -> CarriedMemory:
     for attention in attentions:
         attention.core_attention.carried = carried
     return carried
+
+
+def exchange_reader(model_chunks: list[torch.nn.Module], memory: MemoryConfig) -> None:
+    """Gives every attention layer of the chunks another reader: order, slots, sampler, pairs, top_k. No weights change.
+
+    `memory` is a section that fits the weights (`validate.check_same_weights`) and the block length.
+
+    Raises:
+        ConfigError: Melodi, whose sizes are those of its weights.
+    """
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, MelodiLayer):
+                raise ConfigError("a memory of kind melodi has no reader to exchange: its sizes belong to its weights")
+            if isinstance(module, MemoryAttention):
+                module.core_attention.use_reader(memory)
 
 
 def memory_cache(model: torch.nn.Module, batch_size: int) -> MemoryCache | MelodiCache:

@@ -18,6 +18,19 @@ from em_megatron.parallel.process_groups import Layout
 from em_megatron.training.setup import build_chunks, initialize_layout
 from em_megatron.validate import check_same_weights, validate
 
+# A layout of one rank, whatever the run was trained on.
+ALONE = (
+    "parallel.tensor_model_parallel_size=1",
+    "parallel.pipeline_model_parallel_size=1",
+    "parallel.virtual_pipeline_model_parallel_size=1",
+    "parallel.context_parallel_size=1",
+    "memory.carry_memory=false",
+    "parallel.sequence_parallel=false",
+    "parallel.use_distributed_optimizer=false",
+    "training.recompute=none",
+    "profiling.first_step=0",
+)
+
 
 @dataclass
 class Restored:
@@ -47,27 +60,18 @@ def saved_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
                 f"override '{override}' is for training: here each sample begins with an empty memory; for longer "
                 "contexts raise data.sequence_length"
             )
-    alone = [
-        "parallel.tensor_model_parallel_size=1",
-        "parallel.pipeline_model_parallel_size=1",
-        "parallel.virtual_pipeline_model_parallel_size=1",
-        "parallel.context_parallel_size=1",
-        "memory.carry_memory=false",
-        "parallel.sequence_parallel=false",
-        "parallel.use_distributed_optimizer=false",
-        "training.recompute=none",
-        "profiling.first_step=0",
-    ]
     config, saved = (
-        load_config(checkpoint / "config.yaml", [*alone, *overrides]),
+        load_config(checkpoint / "config.yaml", [*ALONE, *overrides]),
         load_config(checkpoint / "config.yaml"),
     )
     check_same_weights(saved, config, checkpoint)
     return config
 
 
-def restore(path: Path, overrides: Sequence[str], world_size: int) -> Restored:
+def restore(path: Path, overrides: Sequence[str], world_size: int, layout: Layout | None = None) -> Restored:
     """Loads the weights of a run or checkpoint folder onto the ranks at hand.
+
+    layout: of another model in these processes, which this one is spread over in the same way.
 
     Raises:
         CheckpointError, ConfigError, DataError: what cannot be loaded, in one sentence.
@@ -83,7 +87,7 @@ def restore(path: Path, overrides: Sequence[str], world_size: int) -> Restored:
     )
     validate(config, world_size)
     vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_NAME)
-    layout = initialize_layout(config)
+    layout = initialize_layout(config) if layout is None else layout
     model = build_chunks(config, layout, vocabulary.size, initialize=False)
     store = CheckpointStore(checkpoint.parent, config.checkpoint.keep_last)
     state = store.load(checkpoint, model_chunks=model)

@@ -1,0 +1,169 @@
+"""The comparison as tables, pictures and raw JSON in one folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from em_megatron.comparison import pictures
+from em_megatron.comparison.plan import Cell, Plan
+from em_megatron.comparison.results import Row, answers, collect, grouped, mean, places
+from em_megatron.evaluation.tables import markdown_table
+from em_megatron.training.metrics import finite
+
+
+def write(plan: Plan, cells: Sequence[Cell], corpora: dict[str, Any], folder: Path) -> str:
+    """Writes results.json, report.md and the pictures; returns the page.
+
+    corpora: what each is, by name (`corpora.describe`).
+    """
+    rows = collect(plan, cells)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = sorted({cell.name for cell in cells} - {row["name"] for row in rows})
+    drawn = pictures.draw(rows, folder)
+    page = "\n".join(_page(plan, rows, corpora, missing, drawn))
+    head = {"plan": plan.name, "machines": machines(rows), "corpora": corpora, "missing": missing}
+    # Positions and readers in full; everything that a table or a picture shows comes from here.
+    (folder / "results.json").write_text(json.dumps(finite(head | {"rows": rows}), indent=1) + "\n")
+    (folder / "report.md").write_text(page)
+    return page
+
+
+def machines(rows: Sequence[Row]) -> dict[str, int]:
+    """What the runs were trained on, and how many of them."""
+    found = [row["machine"] for row in rows]
+    return {machine: found.count(machine) for machine in dict.fromkeys(found)}
+
+
+def _page(
+    plan: Plan, rows: list[Row], corpora: dict[str, Any], missing: list[str], drawn: Sequence[Path]
+) -> Iterable[str]:
+    yield f"# Comparison {plan.name}\n"
+    for machine, count in machines(rows).items():
+        yield f"`python launch/compare.py {plan.name}`: {count} runs on {machine}.\n"
+    if plan.groups:
+        yield from _setting(plan, corpora)
+    for corpus, size in places(rows):
+        yield f"## {corpus}, model size {size}\n"
+        yield from _quality(grouped(rows, corpus, size))
+        yield from _shown(drawn, f"{corpus}-{size}-")
+    yield from _claims(plan, rows)
+    yield from _speed(rows)
+    yield from _shown(drawn, "speed")
+    if missing:
+        yield f"\n{len(missing)} of the plan's cells are not done: {', '.join(missing)}.\n"
+
+
+def _setting(plan: Plan, corpora: dict[str, Any]) -> Iterable[str]:
+    training, data = plan.base["training"], plan.base["data"]
+    tokens = training["train_steps"] * training["global_batch_size"] * data["sequence_length"]
+    yield (
+        f"Every run: {tokens / 1e6:,.1f}M tokens in samples of {data['sequence_length']:,}, blocks of "
+        f"{plan.base['memory']['block_length']:,}; everything but the memory is the same. Means over seeds ± the largest "
+        "distance of a seed from the mean.\n"
+    )
+    if corpora:
+        head = (
+            "corpus",
+            "training documents",
+            "training tokens",
+            "held-out documents",
+            "held-out tokens",
+            "vocabulary",
+        )
+        keys = ("train_documents", "train_tokens", "validation_documents", "validation_tokens", "vocabulary")
+        yield (
+            markdown_table(head, [(name, *(f"{found[key]:,}" for key in keys)) for name, found in corpora.items()])
+            + "\n"
+        )
+
+
+def _quality(groups: dict[str, list[Row]]) -> Iterable[str]:
+    """Kinds by their held-out loss, best first."""
+    has_long = any("long_ppl" in row for group in groups.values() for row in group)
+    floor, ceiling = (
+        mean([row["loss"] for row in groups[x]]).value if x in groups else None for x in ("block_local", "full")
+    )
+    rows = []
+    for label, group in sorted(groups.items(), key=lambda pair: mean([row["loss"] for row in pair[1]]).value):
+        loss, first = mean([row["loss"] for row in group]), group[0]
+        bits = mean([row["bits_per_byte"] for row in group])
+        closed = "" if floor is None or ceiling is None else f"{(floor - loss.value) / (floor - ceiling):.0%}"
+        long = _long_ppl(group) if has_long else ()
+        rows.append(
+            (
+                label, f"{first['memory_floats_per_sequence']:,}{' (grows)' if first['grows'] else ''}",
+                f"{first['parameters']:,}", str(loss.seeds), f"{math.exp(loss.value):.2f}", _spread(loss), f"{bits.value:.4f}",
+                closed, *long,
+            )
+        )  # fmt: skip
+    head = [
+        "memory",
+        "floats per sequence",
+        "parameters",
+        "seeds",
+        "perplexity",
+        "loss (nats)",
+        "bits per byte",
+        "of the way from block_local to full",
+    ]
+    yield markdown_table([*head, *(["LongPPL", "key tokens"] if has_long else [])], rows) + "\n"
+
+
+def _spread(value: Any) -> str:
+    return f"{value.value:.4f}" + (f" ± {value.spread:.4f}" if value.seeds > 1 else "")
+
+
+def _long_ppl(group: Sequence[Row]) -> tuple[str, str]:
+    found = [row["long_ppl"] for row in group if row.get("long_ppl", {}).get("long_ppl")]
+    if not found:
+        return "", ""
+    logs = mean([math.log(part["long_ppl"]) for part in found])
+    return f"{math.exp(logs.value):.2f}", f"{found[0]['key_tokens']:,}"
+
+
+def _claims(plan: Plan, rows: list[Row]) -> Iterable[str]:
+    table = [
+        (
+            claim.text, f"{claim.better} against {claim.than}", f"{answer.corpus}, {answer.size}", _spread(answer.better),
+            _spread(answer.than), f"{answer.difference:+.4f}", answer.verdict,
+        )
+        for claim in plan.claims
+        for answer in answers(claim, rows)
+    ]  # fmt: skip
+    if table:
+        yield "## Claims\n"
+        head = ("claim", "compared", "corpus, size", "loss of the first", "loss of the second", "difference", "here")
+        yield markdown_table(head, table) + "\n"
+
+
+def _speed(rows: list[Row]) -> Iterable[str]:
+    measured = {
+        (row["size"], row["label"]): row for row in rows if row["speed_only"] and row["training_tokens_per_second"]
+    }
+    if not measured:
+        return
+    yield "## Speed\n"
+    yield "Training tokens/s, each run alone on the machine, median of its steps; in brackets, as a multiple of elastic_1x of that size.\n"
+    sizes = list(dict.fromkeys(size for size, _ in measured))
+    table = []
+    for label in dict.fromkeys(label for _, label in measured):
+        cells = [label]
+        for size in sizes:
+            row, base = measured.get((size, label)), measured.get((size, "elastic_1x"))
+            ratio = (
+                f" ({row['training_tokens_per_second'] / base['training_tokens_per_second']:.2f})"
+                if row and base
+                else ""
+            )
+            cells.append(f"{row['training_tokens_per_second']:,.0f}{ratio}" if row else "")
+        table.append(cells)
+    parameters = {size: next(row["parameters"] for (s, _), row in measured.items() if s == size) for size in sizes}
+    yield markdown_table(["memory", *(f"{size} ({parameters[size] / 1e6:,.1f}M)" for size in sizes)], table) + "\n"
+
+
+def _shown(drawn: Sequence[Path], prefix: str) -> Iterable[str]:
+    yield from (f"![{path.stem}]({path.name})\n" for path in drawn if path.stem.startswith(prefix))
