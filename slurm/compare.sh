@@ -2,6 +2,8 @@
 # Trains and evaluates variants of a recipe, one array task for each line of a file: NAME [section.key=value ...]
 # (separated by blanks, none within).
 # usage: sbatch --array=1-6 slurm/compare.sh RECIPE.yaml slurm/variants/memory_size.txt [section.key=value ...]
+# launch/compare.py PLAN --variants FILE writes such a file and prints the command.
+# EM_EVALUATE   more arguments for launch/evaluate.py, such as '--suite perplexity,corruption'
 #SBATCH --job-name=compare
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -30,4 +32,4 @@ for word in "$@" $rest; do
     case $word in output_dir=*) runs=${word#output_dir=} ;; esac
 done
 # shellcheck disable=SC2086
-exec slurm/job.sh launch/pretrain.py "$recipe" "$@" $rest name="$name" --then launch/evaluate.py "$runs/$name"
+exec slurm/job.sh launch/pretrain.py "$recipe" "$@" $rest name="$name" --then launch/evaluate.py "$runs/$name" ${EM_EVALUATE:-}

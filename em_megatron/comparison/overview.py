@@ -31,7 +31,7 @@ def overview(plan: Plan, cells: Sequence[Cell]) -> str:
     tokens = sum(tokens_of(cell) for cell in cells)
     lines.append(
         f"{len(cells)} cells, {_short(tokens)} tokens, {work:.3g} FLOP of training: {work / 4e14 / 3600:,.1f} GPU hours at "
-        f"400 TFLOP/s, {work / 2e10 / 3600:,.1f} core hours at 20 GFLOP/s"
+        f"400 TFLOP/s, {work / 7e10 / 3600:,.1f} core hours at 70 GFLOP/s"
     )
     return "\n".join(lines)
 
@@ -59,9 +59,11 @@ def write_variants(plan: Plan, cells: Sequence[Cell], path: Path) -> str:
         lines.append(" ".join([cell.name, *words]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
-    base = plan.folder / "base.yaml"
-    suite = f"EM_EVALUATE='--suite {plan.suite} {' '.join(plan.evaluate)}'".replace(" '", "'")
+    # Key tokens come from a run that another task trains, so LongPPL waits for all of them.
+    parts = [part for part in plan.suite.split(",") if part != "long_ppl" or not plan.evaluator]
+    suite = shlex.quote(" ".join(["--suite", ",".join(parts), *plan.evaluate]))
     return (
-        f"{path}: {len(cells)} variants\n{suite} sbatch --array=1-{len(cells)} slurm/compare.sh {base} {path} "
-        f"output_dir={plan.folder}\nthen: python launch/compare.py {plan.name} --stages report"
+        f"{path}: {len(cells)} variants\n"
+        f"EM_EVALUATE={suite} sbatch --array=1-{len(cells)} slurm/compare.sh {plan.folder / 'base.yaml'} {path} "
+        f"output_dir={plan.folder}\nthen: python launch/compare.py {plan.name} --stages evaluate,report"
     )

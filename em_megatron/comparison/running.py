@@ -32,8 +32,14 @@ def trained(cell: Cell) -> bool:
 
 
 def evaluated(cell: Cell) -> bool:
-    """Whether its evaluation was written (last of all, after every part)."""
-    return cell.speed_only or (cell.run_dir / EVALUATED_NAME).is_file()
+    """Whether its evaluation (evaluation.json, written last of all) has every part of its suite."""
+    if cell.speed_only:
+        return True
+    try:
+        found = json.loads((cell.run_dir / EVALUATED_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return all(("loss" if part == "perplexity" else part) in found for part in cell.suite.split(",") if part != "all")
 
 
 def commands(plan: Plan, cell: Cell, stages: Sequence[str], evaluator: Path | None = None) -> list[list[str]]:

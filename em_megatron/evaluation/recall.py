@@ -36,7 +36,7 @@ FILLER = (
 )
 NAMES = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "ivory", "jasper", "koala", "linen")
 KEYS_TOLD, VALUES_TOLD = 4, 2
-OFTEN_NEAR = 0.8  # share of the questions of a training text with little filler before them
+GAPS, GAP_SHARES = ((0, 0), (1, 3), (4, 40)), (0.55, 0.3, 0.15)  # sentences between questions of a training text
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ def score(found: Sequence[str], question: Question) -> tuple[bool, float]:
 def training_texts(task: Task, documents: int, characters: int, digits: int, seed: int) -> Iterator[str]:
     """Documents of about `characters` that teach a task: facts, and questions about them again and again.
 
-    Mostly little filler lies between, so that there is much to learn from; now and then a lot, so that the answer before is
-    out of sight.
+    Mostly nothing or little lies between, so that there is much to learn from; now and then a lot, so that the answer before
+    is out of sight.
     """
     rng = np.random.default_rng(seed)
     for _ in range(documents):
@@ -162,7 +162,8 @@ def training_texts(task: Task, documents: int, characters: int, digits: int, see
         parts = [_sentences(rng, int(rng.integers(0, 4))), *(facts[index] for index in order)]
         asked = f"{question} {', '.join(answers)}."
         while sum(map(len, parts)) < characters:
-            gap = rng.integers(0, 4) if rng.random() < OFTEN_NEAR else rng.integers(4, 40)
+            least, most = GAPS[int(rng.choice(len(GAPS), p=GAP_SHARES))]
+            gap = rng.integers(least, most + 1)
             parts += [_sentences(rng, int(gap)), asked]
         yield " ".join(part for part in parts if part) + "\n"
 
