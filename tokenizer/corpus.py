@@ -1,6 +1,7 @@
 """The documents of a text corpus: found, named, checked, and split by document into training and validation.
 
-Training the tokenizer and encoding the shards both use this, so a held-out document is unseen by both.
+The validation documents are a share of all, or files of their own. Training the tokenizer and encoding the shards both
+use this, so a held-out document is unseen by both.
 """
 
 import argparse
@@ -12,14 +13,19 @@ from pathlib import Path
 from em_megatron.data.manifest import DataError
 
 TRAIN, VALIDATION = "train", "validation"
+VALIDATION_FRACTION = 0.05  # where neither a fraction nor files are given
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A .txt file and its name, the path relative to the input it was found under."""
+    """A .txt file and its name, the path relative to the input it was found under.
+
+    held_out: it was given as --validation-input, and its name begins with validation/.
+    """
 
     name: str
     path: Path
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,16 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation-fraction",
         type=float,
-        default=0.05,
         metavar="F",
-        help="share of the bytes held out for validation, by document; 0 holds nothing out (default: %(default)s)",
+        help="share of the bytes held out for validation, by document; 0 holds nothing out "
+        f"(default: {VALIDATION_FRACTION})",
+    )
+    parser.add_argument(
+        "--validation-input",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="documents held out whole, instead of --validation-fraction: .txt files, or folders searched for them",
     )
 
 
@@ -82,6 +95,30 @@ def find_files(inputs: Sequence[Path]) -> list[TextFile]:
     if not found:
         raise DataError(f"no .txt file in {', '.join(map(str, inputs))}; give .txt files or folders that hold them")
     return [TextFile(name, found[name]) for name in sorted(found)]
+
+
+def find_corpus(arguments: argparse.Namespace) -> list[TextFile]:
+    """The files of --input, then those of --validation-input, whose names begin with validation/.
+
+    Raises DataError for none, one name or file twice, or --validation-input together with --validation-fraction.
+    """
+    files = find_files(arguments.input)
+    if not arguments.validation_input:
+        return files
+    if arguments.validation_fraction is not None:
+        raise DataError("--validation-input says what is held out; leave --validation-fraction out")
+    found = find_files(arguments.validation_input)
+    held = [TextFile(f"{VALIDATION}/{file.name}", file.path, held_out=True) for file in found]
+    places = {file.path.resolve(): file for file in files}
+    names = {file.name: file for file in files}
+    for file in held:
+        twice = places.get(file.path.resolve()) or names.get(file.name)
+        if twice:
+            raise DataError(
+                f"{file.path} of --validation-input and {twice.path} of --input are one file or have one name; "
+                "give folders that do not hold each other"
+            )
+    return files + held
 
 
 def read_documents(file: TextFile, separator: str | None) -> tuple[list[Document], int, str]:
@@ -110,6 +147,32 @@ def summarize(file: TextFile, separator: str | None) -> FileSummary:
     """Names and sizes of a file's documents, without keeping their text."""
     documents, empty, sha256 = read_documents(file, separator)
     return FileSummary(file.name, tuple((d.name, d.text_bytes) for d in documents), empty, sha256)
+
+
+def validation_share(arguments: argparse.Namespace) -> float | None:
+    """The fraction of the bytes to hold out; None where files are held out instead."""
+    if arguments.validation_input:
+        return None
+    return VALIDATION_FRACTION if arguments.validation_fraction is None else arguments.validation_fraction
+
+
+def validation_names(
+    files: Iterable[TextFile], summaries: Iterable[FileSummary], fraction: float | None
+) -> frozenset[str]:
+    """Names of the validation documents: those of the files that are held out, or a fraction of all.
+
+    Raises DataError where one of the splits would be empty, and what `hold_out` raises.
+    """
+    if fraction is not None:
+        return hold_out(summaries, fraction)
+    held_files = {file.name for file in files if file.held_out}
+    splits: dict[bool, set[str]] = {True: set(), False: set()}
+    for summary in summaries:
+        splits[summary.name in held_files].update(name for name, _ in summary.documents)
+    for held, option in ((False, "--input"), (True, "--validation-input")):
+        if not splits[held]:
+            raise DataError(f"every document of {option} is empty; give .txt files with text in them")
+    return frozenset(splits[True])
 
 
 def hold_out(summaries: Iterable[FileSummary], fraction: float) -> frozenset[str]:

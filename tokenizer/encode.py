@@ -43,11 +43,12 @@ from tokenizer.corpus import (
     FileSummary,
     TextFile,
     add_corpus_arguments,
-    find_files,
-    hold_out,
+    find_corpus,
     read_documents,
     separator_of,
     summarize,
+    validation_names,
+    validation_share,
 )
 from tokenizer.train import write_atomically
 
@@ -120,8 +121,7 @@ def ordered_map[Task, Result](
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                "an encoding process was ended from outside (out of memory?); "
-                "run the command again, with fewer --workers"
+                "a worker process was ended from outside (out of memory?); run the command again, with fewer --workers"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -186,7 +186,7 @@ class ShardWriter:
 
 def source_digest(summaries: Iterable[FileSummary], arguments: argparse.Namespace, separator: str | None) -> str:
     """sha256 of what decides the shards: names and contents of the files, and the options (not the workers)."""
-    settings = [arguments.validation_fraction, arguments.shard_tokens, separator]
+    settings = [validation_share(arguments), arguments.shard_tokens, separator]
     files = [(summary.name, summary.sha256) for summary in summaries]
     return sha256(json.dumps([settings, files]).encode()).hexdigest()
 
@@ -225,7 +225,7 @@ def write_shards(
     dtype: str,
 ) -> dict[str, tuple[Shard, ...]]:
     """Encodes all documents in parallel and writes them in order; returns the shards of each split."""
-    held = hold_out(summaries, arguments.validation_fraction)
+    held = validation_names(files, summaries, validation_share(arguments))
     item_bytes = np.dtype(dtype).itemsize
     writers = {
         split: ShardWriter(arguments.output, split, arguments.shard_tokens, item_bytes)
@@ -253,7 +253,7 @@ def encode(arguments: argparse.Namespace) -> tuple[Manifest, bool]:
     vocabulary = Vocabulary(arguments.tokenizer)
     dtype = DTYPES[0] if vocabulary.size <= 1 << 16 else DTYPES[1]
     separator = separator_of(arguments)
-    files = find_files(arguments.input)
+    files = find_corpus(arguments)
     summaries = [summarize(file, separator) for file in tqdm(files, desc="read", disable=arguments.quiet)]
     source = source_digest(summaries, arguments, separator)
     wanted = Manifest(vocabulary.sha256, vocabulary.size, dtype, source, {})

@@ -2,8 +2,8 @@
 
     python -m tokenizer.train --input texts --output tokenizer.model --vocab-size 2048
 
-Only the training documents are used; which ones those are depends on the documents' names and sizes alone, so
-tokenizer.encode with the same options holds out the same ones.
+Only the training documents are used; which ones those are depends on the options and on the documents' names and sizes
+alone, so tokenizer.encode with the same options holds out the same ones.
 """
 
 import argparse
@@ -21,11 +21,12 @@ from em_megatron.data.manifest import DataError
 from em_megatron.data.vocabulary import Vocabulary
 from tokenizer.corpus import (
     add_corpus_arguments,
-    find_files,
-    hold_out,
+    find_corpus,
     separator_of,
     summarize,
     training_texts,
+    validation_names,
+    validation_share,
 )
 from tokenizer.scores import rounded_scores
 
@@ -173,8 +174,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     separator = separator_of(arguments)
-    files = find_files(arguments.input)
-    held = hold_out((summarize(file, separator) for file in files), arguments.validation_fraction)
+    files = find_corpus(arguments)
+    held = validation_names(files, (summarize(file, separator) for file in files), validation_share(arguments))
     started = time.monotonic()
     serialized = train(
         training_texts(files, separator, held),
