@@ -153,8 +153,8 @@ def load_plan(path: Path | str, overrides: Sequence[str] = ()) -> Plan:
             OmegaConf.structured(Plan), OmegaConf.load(found), OmegaConf.from_dotlist(list(overrides))
         )
         plan = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"plan {found}: {str(error).splitlines()[0]}") from None
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: an override of a part of a list
+        raise ConfigError(f"plan {found}: {str(error).splitlines()[0]} (lists are overridden whole)") from None
     assert isinstance(plan, Plan)
     _check(plan, found)
     return plan
@@ -233,27 +233,27 @@ def cells_of(plan: Plan) -> list[Cell]:
     Raises:
         ConfigError: a cell that cannot be run, by its name.
     """
-    base = base_recipe(plan)
+    base_recipe(plan)
     found: dict[str, Cell] = {}
     for group in plan.groups:
         for corpus, size, seed in itertools.product(group.corpora, group.sizes, group.seeds):
             place = Place(corpus, size, seed, group.suite or plan.suite)
             for kind in group.kinds:
-                for cell in _cells(plan, base, kind, group.factors, place):
+                for cell in _cells(plan, kind, group.factors, place):
                     found.setdefault(cell.name, cell)
     for size, kind in itertools.product(plan.speed.sizes, plan.speed.kinds):
         factor = _factor_of(kind)
         name = kind.rpartition("_")[0] if factor else kind
         place = Place(plan.speed.corpus, size, 1, "", plan.speed.steps)
-        (cell,) = _cells(plan, base, name, [factor or 1], place)
+        (cell,) = _cells(plan, name, [factor or 1], place)
         found[cell.name] = cell
     return list(found.values())
 
 
-def _cells(plan: Plan, base: RunConfig, kind: str, factors: Sequence[int], place: Place) -> list[Cell]:
+def _cells(plan: Plan, kind: str, factors: Sequence[int], place: Place) -> list[Cell]:
     """A kind at its memory sizes."""
     sized = load_config(plan.folder / "base.yaml", _size_overrides(plan, place.size))
-    elastic = replace(base.memory, kind="elastic")
+    elastic = replace(sized.memory, kind="elastic")
     once = memory_floats_per_sequence(sized.model, elastic, sized.data.sequence_length)
     section = _section(plan, kind)
     follows = section.get("slots") == FOLLOWS_ORDER

@@ -158,9 +158,10 @@ def _run(
             _note(worker, stage, outcome)
             passed = time.monotonic() - started
             rest = passed / done * (total - done)
-            state = "failed" if worker.cell.name in outcome.failed else "done"
+            name = worker.cell.name
+            state = "failed" if name in outcome.failed else "stopped" if name in outcome.left else "done"
             say(
-                f"[{stage} {done}/{total}] {worker.cell.name} {state}; {_clock(passed)} passed, about {_clock(rest)} left"
+                f"[{stage} {done}/{total}] {name} {state}; {_clock(passed)} passed, about {_clock(rest)} left"
             )
         time.sleep(POLL_SECONDS)
 

@@ -16,6 +16,7 @@ base:
   memory: {block_length: 16, order: 8, slots: 4, bank_cache: null}
   data: {sequence_length: 64}
   training: {precision: fp32, train_steps: 4, global_batch_size: 2, micro_batch_size: 2}
+  optimizer: {warmup_steps: 1}
   logging: {wandb: disabled, tensorboard: false}
 vocab_size: 512
 corpora:
@@ -76,13 +77,14 @@ def test_overview_and_variants(plan, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("groups.0.kinds.0=elastc", "kind 'elastc' of the plan is unknown"),
-        ("groups.0.corpora.0=other", "corpus 'other' is not one of mine"),
-        ("groups.0.sizes.0=3x", "size '3x' is not one of 1x, 2x"),
+        ("groups=[{kinds: [elastc], corpora: [mine], sizes: [1x]}]", "kind 'elastc' of the plan is unknown"),
+        ("groups=[{kinds: [elastic], corpora: [other], sizes: [1x]}]", "corpus 'other' is not one of mine"),
+        ("groups=[{kinds: [elastic], corpora: [mine], sizes: [3x]}]", "size '3x' is not one of 1x, 2x"),
         ("corpora.mine.domain=prose", "corpus 'mine' needs one of domain, texts, shards, recall"),
         ("base.data.sequence_length=60", "cell mine-1x-elastic_1x-seed1: "),
         ("base.modl.num_layers=2", "modl"),
         ("workrs=2", "workrs"),
+        ("groups.0.seeds=[3]", "lists are overridden whole"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(plan, tmp_path, capsys, override, message):

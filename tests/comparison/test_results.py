@@ -41,7 +41,9 @@ def test_means_and_groups():
 
 
 def test_speed_is_the_median_without_the_first_quarter(tmp_path):
-    rows = [{"kind": "train", "step": i, "tokens_per_second": value} for i, value in enumerate([1, 1, 5, 7, 9, 6, 8, 7])]
+    rows = [
+        {"kind": "train", "step": i, "tokens_per_second": value} for i, value in enumerate([1, 1, 5, 7, 9, 6, 8, 7])
+    ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"kind": "tr')
     assert tokens_per_second(path) == 7
