@@ -160,9 +160,7 @@ def _run(
             rest = passed / done * (total - done)
             name = worker.cell.name
             state = "failed" if name in outcome.failed else "stopped" if name in outcome.left else "done"
-            say(
-                f"[{stage} {done}/{total}] {name} {state}; {_clock(passed)} passed, about {_clock(rest)} left"
-            )
+            say(f"[{stage} {done}/{total}] {name} {state}; {_clock(passed)} passed, about {_clock(rest)} left")
         time.sleep(POLL_SECONDS)
 
 

@@ -50,7 +50,7 @@ def key_tokens(full: Floats, short: Floats, constants: Constants) -> Flags:
 
 
 def short_losses(losses: Losses, ids: Sequence[int], constants: Constants) -> Floats:
-    """Losses [len - 1] of ids[1:] with a short context; NaN for those that have no more than K tokens before them."""
+    """Losses [len - 1] of ids[1:] with a short context; NaN for those that have fewer than K tokens before them."""
     found = np.full(len(ids) - 1, np.nan)
     starts = range(0, len(ids) - constants.context, constants.stride)
     windows = [ids[start : start + constants.context + constants.stride] for start in starts]

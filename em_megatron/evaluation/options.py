@@ -62,7 +62,7 @@ def parts_of(arguments: argparse.Namespace) -> list[str]:
     """The parts asked for, in the order of `PARTS`; `all` leaves out what the model cannot do (`report.possible`).
 
     Raises:
-        ConfigError: an unknown part, or references of a part of the split.
+        ConfigError: an unknown part, or references of a part of the split or without perplexity.
     """
     if arguments.samples and arguments.reference_models:
         raise ConfigError("--reference-models are scored on the whole held-out split: leave --samples out")
@@ -72,6 +72,8 @@ def parts_of(arguments: argparse.Namespace) -> list[str]:
     for name in chosen:
         if name not in PARTS:
             raise ConfigError(f"--suite: part '{name}' is unknown: choose from {', '.join(PARTS)}, or all")
+    if arguments.reference_models and "perplexity" not in chosen:
+        raise ConfigError("--reference-models stand beside perplexity: add it to --suite")
     return [name for name in PARTS if name in chosen]
 
 
@@ -89,19 +91,23 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     for task in tasks:
         if task not in TASKS:
             raise ConfigError(f"--tasks: '{task}' is unknown: choose from {', '.join(TASKS)}")
-    for name, least in (("samples", 0), ("texts", 1), ("context", 1), ("stride", 1), ("trials", 1), ("digits", 0)):
+    for name in ("samples", "texts", "context", "stride", "trials", "digits", "seed"):
+        least = 0 if name in ("samples", "digits", "seed") else 1
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name} must be at least {least}")
     depths = _numbers("--depths", arguments.depths, float)
-    if not all(0 <= depth <= 1 for depth in depths):
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise ConfigError("--depths lie between 0 and 1")
+    lengths = _numbers("--lengths", arguments.lengths, int)
+    if any(length < 1 for length in lengths):
+        raise ConfigError("--lengths must be at least 1")
     return Settings(
         samples=arguments.samples,
         texts=arguments.texts,
         evaluator=str(arguments.evaluator or ""),
         long_ppl=Constants(arguments.context, arguments.stride),
         tasks=tasks,
-        lengths=_numbers("--lengths", arguments.lengths, int),
+        lengths=lengths,
         depths=depths,
         trials=arguments.trials,
         digits=arguments.digits,

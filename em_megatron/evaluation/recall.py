@@ -92,9 +92,9 @@ TASKS = {
 def ask(
     task: Task, rng: np.random.Generator, tokens: int, depth: float, digits: int, vocabulary: Vocabulary
 ) -> Question:
-    """A text of about `tokens` tokens, its first fact at `depth` (0: at the begin, 1: just before the question).
+    """A text of about `tokens` tokens, the asked fact at `depth` (0: at the begin, 1: just before the question).
 
-    Further facts lie at random depths.
+    Further facts lie at random depths; of several values that are asked, one is at `depth`.
 
     Raises:
         ConfigError: facts and question alone are longer.
@@ -113,8 +113,8 @@ def ask(
         )
     sentences = _filler(rng, room, vocabulary)
     places = [round(at * len(sentences)) for at in asked_at]
-    for place, fact in sorted(zip(places, facts, strict=True), reverse=True, key=lambda pair: pair[0]):
-        sentences.insert(place, fact)
+    for place, _, fact in sorted(zip(places, range(len(facts)), facts, strict=True), reverse=True):
+        sentences.insert(place, fact)  # the last first, so that facts at one place keep their order
     return Question(" ".join([*sentences, question]), answers)
 
 
@@ -182,13 +182,20 @@ def default_lengths(block_length: int, sequence_length: int) -> list[int]:
     return found
 
 
+def nth_question(
+    vocabulary: Vocabulary, task: Task, tokens: int, depth: float, digits: int, number: int, seed: int
+) -> Question:
+    """The `number`-th question at this length and depth. Raises ConfigError where so many tokens are too few."""
+    rng = np.random.default_rng([seed, tokens, round(1000 * depth), number])
+    return ask(task, rng, tokens, depth, digits, vocabulary)
+
+
 def trial(
     new_text: Callable[[], TextModel], vocabulary: Vocabulary, task: Task, tokens: int, depth: float, digits: int, number: int,
     seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """One question, the `number`-th at this length and depth: exact, digits (share right), asked, written."""
-    rng = np.random.default_rng([seed, tokens, round(1000 * depth), number])
-    question = ask(task, rng, tokens, depth, digits, vocabulary)
+    """The `number`-th question put to a new text: exact, digits (share right), asked, written."""
+    question = nth_question(vocabulary, task, tokens, depth, digits, number, seed)
     found = answer(new_text(), question, vocabulary)
     exact, share = score(found, question)
     return {"exact": exact, "digits": share, "asked": ", ".join(question.answers), "written": ", ".join(found)}

@@ -41,7 +41,8 @@ def evaluate_subject(
     """
     folder = output or default_folder(subject)
     skipped: dict[str, str] = {}
-    if list(parts) == ["all"]:
+    everything = list(parts) == ["all"]
+    if everything:
         parts, skipped = possible(subject)
     evaluator = None
     if settings.evaluator and "long_ppl" in parts:
@@ -49,6 +50,9 @@ def evaluate_subject(
         evaluator = open_subject(Path(settings.evaluator), (), world_size, beside=subject)
     stopped = stop.agreed if isinstance(subject, MegatronSubject) else lambda: stop.here
     suite = Suite(subject, settings, folder, evaluator, stopped, writes)
+    if everything:
+        parts, reasons = suite.possible(parts)
+        skipped |= reasons
     found = suite.run(parts)
     if not writes:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -85,10 +86,11 @@ def text_losses(
 
     Texts of equal padded length go together; data-parallel ranks share them.
     """
-    unit = config.memory.block_length * layout.cp_size
+    shares = layout.tp_size if config.parallel.sequence_parallel else 1
+    unit = math.lcm(config.memory.block_length, shares) * layout.cp_size
     lengths = [-(-(len(ids) - 1) // unit) * unit for ids in texts]
     found: dict[tuple[int, int], Floats] = {}
-    for length in sorted(set(lengths)):
+    for length in sorted(set(lengths) - {0}):
         chosen = [index for index, other in enumerate(lengths) if other == length]
         mine = chosen[layout.dp_rank :: layout.dp_size]
         samples = (text_sample(texts[index], length, pad_id) for index in mine)
@@ -107,5 +109,7 @@ def text_losses(
     parts = {key: row for rank in gathered for key, row in rank.items()}
     return [
         np.concatenate([parts[index, rank] for rank in range(layout.cp_size)])[: len(ids) - 1]
+        if len(ids) > 1
+        else np.zeros(0)
         for index, ids in enumerate(texts)
     ]

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from numpy.typing import NDArray
 
 from em_megatron.config import ConfigError, MemoryConfig, RunConfig, load_config
@@ -23,8 +24,9 @@ from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.evaluation.generation import MegatronText, TextModel
 from em_megatron.evaluation.perplexity import POSITION_BINS_PER_BLOCK, PositionTally, evaluate, summarise
 from em_megatron.evaluation.scoring import text_losses
+from em_megatron.evaluation.sweep import reader_keys
 from em_megatron.hf.export import RECIPE_NAME
-from em_megatron.hf.generation import TransformersText, is_exported
+from em_megatron.hf.generation import READER_KEYS, TransformersText, is_exported
 from em_megatron.training.restore import ALONE, Restored, restore
 from em_megatron.training.setup import Corpus
 from em_megatron.validate import check_same_weights, validate
@@ -53,8 +55,11 @@ class Subject(Protocol):
     def new_text(self) -> TextModel:
         """A text model that has read nothing yet. Raises ConfigError where the model cannot generate."""
 
+    def reader(self, changes: Sequence[str]) -> RunConfig:
+        """The recipe with the reader it was opened with, changed by memory.KEY=VALUE. Raises ConfigError where that cannot be."""
+
     def use_reader(self, changes: Sequence[str]) -> None:
-        """The reader it was opened with, changed by memory.KEY=VALUE. Raises ConfigError for values that cannot be."""
+        """Reads by `reader(changes)` from now on."""
 
     def share[Item](self, items: Sequence[Item]) -> Sequence[Item]:
         """Those of the items that this data-parallel rank does."""
@@ -99,6 +104,10 @@ class MegatronSubject:
     def __init__(self, run: Restored) -> None:
         self.run, self.path, self.step, self.vocabulary = run, run.checkpoint, run.step, run.vocabulary
         self.opened_with = run.config.memory
+        if (
+            run.config.parallel.sequence_parallel
+        ):  # the embedding then asks for Megatron's random numbers, even to drop nothing
+            model_parallel_cuda_manual_seed(run.config.seed, force_reset_rng=True)
 
     @property
     def config(self) -> RunConfig:
@@ -116,13 +125,19 @@ class MegatronSubject:
         layout = self.run.layout
         if layout.pp_size > 1 or layout.cp_size > 1:
             raise ConfigError("text is generated without pipeline and context parallelism: leave these overrides out")
+        if self.run.config.parallel.sequence_parallel:
+            raise ConfigError("one token cannot be split along the sequence: leave parallel.sequence_parallel out")
         return MegatronText(self.run.model[0], self.vocabulary)
+
+    def reader(self, changes: Sequence[str]) -> RunConfig:
+        config = _changed(replace(self.run.config, memory=self.opened_with), changes, self.path)
+        validate(config, torch.distributed.get_world_size())
+        return config
 
     def use_reader(self, changes: Sequence[str]) -> None:
         from em_megatron.model.language_model import exchange_reader
 
-        config = _changed(replace(self.run.config, memory=self.opened_with), changes, self.path)
-        validate(config, torch.distributed.get_world_size())
+        config = self.reader(changes)
         if config.memory != self.run.config.memory:
             exchange_reader(self.run.model, config.memory)
             self.run.config = config
@@ -185,6 +200,8 @@ class HuggingFaceSubject:
         """Block after block, so that only a block's logits are held."""
         from em_megatron.hf.cache_elastic_memory import ElasticMemoryCache
 
+        if len(ids) < 2:
+            return np.zeros(0)
         model = self.text.model
         cache, found = ElasticMemoryCache(model.config), []
         row = torch.tensor([list(ids)], device=model.device)
@@ -202,11 +219,15 @@ class HuggingFaceSubject:
         text.cache, text.waiting = ElasticMemoryCache(text.model.config), [self.vocabulary.bos_id]
         return text
 
+    def reader(self, changes: Sequence[str]) -> RunConfig:
+        config = _changed(replace(self._config, memory=self.opened_with), changes, self.path)
+        validate(config, world_size=1)
+        return config
+
     def use_reader(self, changes: Sequence[str]) -> None:
         from em_megatron.hf.generation import reader_changes
 
-        config = _changed(replace(self._config, memory=self.opened_with), changes, self.path)
-        validate(config, world_size=1)
+        config = self.reader(changes)
         try:
             self.text.model.set_memory(**reader_changes(_differences(self._config.memory, config.memory)))
         except ValueError as error:
@@ -222,15 +243,22 @@ class HuggingFaceSubject:
 
 def _changed(config: RunConfig, changes: Iterable[str], path: Path) -> RunConfig:
     """The tree with another reader. Raises ConfigError for changes of other sections, or that would need other weights."""
-    changes = list(changes)
+    changes, keys = list(changes), reader_keys(config.memory)
     for change in changes:
-        if not change.startswith("memory.") or change.startswith("memory.block_length="):
+        name = change.partition("=")[0].removeprefix("memory.")
+        if not change.startswith("memory.") or name not in READER_KEYS:
             raise ConfigError(f"'{change}' is no reader of a memory")
+        if name not in keys:
+            raise ConfigError(f"'{change}' has no place in a memory of kind {config.memory.kind}")
     changed = load_config(config, changes)
     check_same_weights(config, changed, path)
     return changed
 
 
 def _differences(before: MemoryConfig, after: MemoryConfig) -> list[str]:
-    """memory.KEY=VALUE of what is not the same."""
-    return [f"memory.{key}={value}" for key, value in vars(after).items() if getattr(before, key) != value]
+    """memory.KEY=VALUE of what is not the same; points only where they are read."""
+    return [
+        f"memory.{key}={value}"
+        for key, value in vars(after).items()
+        if getattr(before, key) != value and (key != "sampler_points" or after.sampler == "points")
+    ]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from em_megatron.config import ConfigError
@@ -37,6 +38,10 @@ PARTS = ("perplexity", "long_ppl", "recall", "corruption", "sweep", "noise")
 
 class Interrupted(Exception):  # noqa: N818  # as KeyboardInterrupt, no error
     """The evaluation was asked to end; what is finished is kept."""
+
+
+class NotPossible(ConfigError):  # noqa: N818  # what `all` leaves out
+    """A part that this model or corpus cannot do with the usual settings."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +107,25 @@ class Suite:
 
     def identity(self, part: str) -> dict[str, Any]:
         """What a unit's result depends on: checkpoint, reader, corpus, settings."""
-        config, settings = self.subject.config, asdict(self.settings)
+        settings = asdict(self.settings)
         kept = {name: settings[name] for name in (*DEPENDS[part], "seed")}
         text = json.dumps(kept, sort_keys=True, default=str)
-        return subject_identity(self.subject) | {"settings": hashlib.sha256(text.encode()).hexdigest()[:16]} | (
-            {"evaluator": str(self.evaluator.path)} if part == "long_ppl" and self.evaluator is not None else {}
-        ) | {"sequence_length": config.data.sequence_length}  # fmt: skip
+        return (
+            subject_identity(self.subject)
+            | {"settings": hashlib.sha256(text.encode()).hexdigest()[:16]}
+            | ({"evaluator": str(self.evaluator.path)} if part == "long_ppl" and self.evaluator is not None else {})
+        )
+
+    def possible(self, parts: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+        """Those of the parts that can be done with the usual settings, and why not the others."""
+        found, reasons = [], {}
+        for part in parts:
+            try:
+                self._units(part)
+                found.append(part)
+            except NotPossible as error:
+                reasons[part] = str(error)
+        return found, reasons
 
     def _units(self, part: str) -> list[Unit]:
         if part not in PARTS:
@@ -116,13 +134,14 @@ class Suite:
 
 
 def subject_identity(subject: Subject) -> dict[str, Any]:
-    """Which model with which reader on which corpus."""
+    """Which model with which reader on samples of which corpus and length."""
     memory = dict(asdict(subject.config.memory))
     return {
         "checkpoint": str(subject.path),
         "step": subject.step,
         "memory": memory,
         "data": str(subject.config.data.path),
+        "sequence_length": subject.config.data.sequence_length,
     }
 
 
@@ -145,19 +164,19 @@ def _full_texts(subject: Subject, stream: TokenStream, count: int) -> list[list[
     """Ids of evenly spread held-out pieces that fill a whole sample; fewer where there are not so many.
 
     Raises:
-        ConfigError: none is that long.
+        NotPossible: none is that long.
     """
-    found = []
+    found: list[NDArray[np.int32]] = []
     for sample in stream.validation_samples():
         if sample["loss_mask"].all() and int(sample["segment_ids"][-1]) == 1:
-            found.append([*sample["tokens"].tolist(), int(sample["labels"][-1])])
+            found.append(np.append(sample["tokens"], sample["labels"][-1:]).astype(np.int32))
     if not found:
-        raise ConfigError(
+        raise NotPossible(
             f"no held-out document fills a sample of {subject.config.data.sequence_length} tokens: give a shorter "
             "data.sequence_length, or leave long_ppl and corruption out of the suite"
         )
     wanted = min(count, len(found)) if count else len(found)
-    return [found[index * len(found) // wanted] for index in range(wanted)]
+    return [found[index * len(found) // wanted].tolist() for index in range(wanted)]
 
 
 def _perplexity(suite: Suite) -> Iterator[Unit]:
@@ -197,17 +216,46 @@ def _recall(suite: Suite) -> Iterator[Unit]:
     for name in settings.tasks:
         if name not in recall.TASKS:
             raise ConfigError(f"task '{name}' is unknown: choose from {', '.join(recall.TASKS)}")
-        for tokens in _lengths(suite):
+        for tokens in _lengths(suite, name):
             for depth in settings.depths:
                 yield (
-                    f"{name}, {tokens} tokens, depth {depth:.0%}",
+                    f"{name}, {tokens} tokens, depth {100 * depth:g}%",
                     partial(_recall_cell, suite, name, tokens, depth),
                 )
 
 
-def _lengths(suite: Suite) -> Sequence[int]:
-    config = suite.subject.config
-    return suite.settings.lengths or recall.default_lengths(config.memory.block_length, config.data.sequence_length)
+def _lengths(suite: Suite, name: str) -> Sequence[int]:
+    """Those asked for, or the usual ones in which the task has room.
+
+    Raises:
+        ConfigError: one that was asked for is too short.
+        NotPossible: all of the usual ones are.
+    """
+    config, settings = suite.subject.config, suite.settings
+    if settings.lengths:
+        for tokens in settings.lengths:
+            _check_room(suite, name, tokens)
+        return settings.lengths
+    found = []
+    for tokens in recall.default_lengths(config.memory.block_length, config.data.sequence_length):
+        try:
+            _check_room(suite, name, tokens)
+        except ConfigError:
+            continue
+        found.append(tokens)
+    if not found:
+        raise NotPossible(
+            f"a sample of {config.data.sequence_length} tokens is too short for the task {name}: give --lengths, which may be "
+            "longer"
+        )
+    return found
+
+
+def _check_room(suite: Suite, name: str, tokens: int) -> None:
+    vocabulary, settings, task = suite.subject.vocabulary, suite.settings, recall.TASKS[name]
+    for depth in settings.depths:
+        for number in range(settings.trials):
+            recall.nth_question(vocabulary, task, tokens, depth, settings.digits or task.digits, number, settings.seed)
 
 
 def _recall_cell(suite: Suite, name: str, tokens: int, depth: float) -> Any:
@@ -262,6 +310,7 @@ def _sweep(suite: Suite) -> Iterator[Unit]:
     if not chosen:
         raise ConfigError(f"a memory of kind '{subject.config.memory.kind}' has no reader to exchange: leave sweep out")
     for changes in chosen:
+        subject.reader(changes.split())  # refuses at once
         yield changes or "as trained", partial(_read_with, suite, changes)
 
 

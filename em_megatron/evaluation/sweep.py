@@ -14,18 +14,34 @@ SAMPLERS = (
 )
 
 
+SAMPLER_KEYS = ("sampler", "sampler_a", "sampler_lo", "sampler_hi", "sampler_points")
+KEYS = {
+    "elastic": ("order", "slots", *SAMPLER_KEYS),
+    "subsample": ("slots", *SAMPLER_KEYS),
+    "memorizing": ("pairs", "top_k"),
+}
+
+
+def reader_keys(memory: MemoryConfig) -> tuple[str, ...]:
+    """Keys of the memory section that are the kind's reader; none for kinds without."""
+    return KEYS.get(memory.kind, ())
+
+
 def readers(memory: MemoryConfig) -> list[str]:
     """Changes of the reader that make sense for the kind, the one it was trained with ("") first; none for kinds without.
 
     Order, slots, pairs: an eighth to four times those of training. Samplers: `SAMPLERS`.
     """
-    sizes = {"elastic": ("order", "slots"), "subsample": ("slots",), "memorizing": ("pairs",)}.get(memory.kind, ())
-    found = [""] if sizes else []
+    keys = reader_keys(memory)
+    sizes = [name for name in ("order", "slots", "pairs") if name in keys]
+    if memory.sampler == "points" and "slots" in sizes:
+        sizes.remove("slots")  # the points are as many
+    found = [""] if keys else []
     for name in sizes:
         trained = getattr(memory, name)
         wanted = [*(trained // factor for factor in FACTORS), 2 * trained, 4 * trained]
         found += [f"memory.{name}={size}" for size in wanted if size >= 1]
-    if memory.kind in ("elastic", "subsample"):
+    if "sampler" in keys:
         found += SAMPLERS
     if memory.kind == "memorizing":
         found += [f"memory.top_k={count}" for count in (0, 8, 32) if count != memory.top_k and count <= memory.pairs]

@@ -15,7 +15,7 @@ from em_megatron.data.manifest import TOKENIZER_NAME
 from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.kinds import kind_of
 from em_megatron.parallel.process_groups import Layout
-from em_megatron.training.setup import build_chunks, initialize_layout
+from em_megatron.training.setup import build_chunks, initialize_layout, seed_ranks
 from em_megatron.validate import check_same_weights, validate
 
 # A layout of one rank, whatever the run was trained on.
@@ -87,7 +87,9 @@ def restore(path: Path, overrides: Sequence[str], world_size: int, layout: Layou
     )
     validate(config, world_size)
     vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_NAME)
-    layout = initialize_layout(config) if layout is None else layout
+    if layout is None:
+        layout = initialize_layout(config)
+        seed_ranks(config.seed, layout)
     model = build_chunks(config, layout, vocabulary.size, initialize=False)
     store = CheckpointStore(checkpoint.parent, config.checkpoint.keep_last)
     state = store.load(checkpoint, model_chunks=model)

@@ -172,6 +172,15 @@ class Run:
         return self.carried.sharded_state(self.layout.pg_collection, self.batch_slots, size, loading)
 
 
+def seed_ranks(seed: int, layout: Layout) -> None:
+    """Megatron's random states, which sequence parallelism asks for in evaluation too.
+
+    Dropout differs between stages, data- and context-parallel ranks; Megatron adds the tensor rank itself.
+    """
+    place = (layout.pp_rank * layout.dp_size + layout.dp_rank) * layout.cp_size + layout.cp_rank
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + place * layout.tp_size)
+
+
 def set_up(config: RunConfig, world_size: int) -> Run:
     """Checks everything, then builds it, and goes on from the newest complete checkpoint.
 
@@ -183,9 +192,7 @@ def set_up(config: RunConfig, world_size: int) -> Run:
     corpus = Corpus.open(Path(config.data.path).expanduser())
     layout = initialize_layout(config)
     device = cpu_backend.device()
-    # Dropout differs between stages, data- and context-parallel ranks; Megatron adds the tensor rank itself.
-    place = (layout.pp_rank * layout.dp_size + layout.dp_rank) * layout.cp_size + layout.cp_rank
-    tensor_parallel.model_parallel_cuda_manual_seed(config.seed + place * layout.tp_size)
+    seed_ranks(config.seed, layout)
     store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
     newest = store.latest(resuming=True)
     if newest is not None:
