@@ -1,4 +1,7 @@
-"""Pictures of a comparison: CORPUS-SIZE-memory.png, CORPUS-SIZE-positions.png, CORPUS-SIZE-corruption.png, speed.png."""
+"""Pictures of a comparison.
+
+CORPUS-SIZE-memory.png, -positions.png, -corruption.png, -recall-TASK-LABEL.png of every corpus and model size; speed.png
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from em_megatron.comparison.results import Row, grouped, mean, places
+from em_megatron.evaluation.pictures import heat_map
 from em_megatron.training.plots import STYLE
 
 MARKS = "osD^vP*Xhd<>"
@@ -35,6 +39,10 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
                 written.append(
                     _corruption(groups, colors, f"{corpus}, model size {size}", folder / f"{stem}-corruption.png")
                 )
+            for label, group in groups.items():
+                for task, found in group[0].get("recall", {}).get("tasks", {}).items():
+                    path = folder / f"{stem}-recall-{task}-{label}.png"
+                    written.append(heat_map(f"{label}: {task}", found, group[0]["recall"]["block_length"], path))
         if any(row["speed_only"] for row in rows):
             written.append(_speed(rows, colors, folder / "speed.png"))
     return written

@@ -49,6 +49,7 @@ def _page(
     for corpus, size in places(rows):
         yield f"## {corpus}, model size {size}\n"
         yield from _quality(grouped(rows, corpus, size))
+        yield from _recall(grouped(rows, corpus, size))
         yield from _shown(drawn, f"{corpus}-{size}-")
     yield from _claims(plan, rows)
     yield from _speed(rows)
@@ -111,6 +112,30 @@ def _quality(groups: dict[str, list[Row]]) -> Iterable[str]:
         "of the way from block_local to full",
     ]
     yield markdown_table([*head, *(["LongPPL", "key tokens"] if has_long else [])], rows) + "\n"
+
+
+def _recall(groups: dict[str, list[Row]]) -> Iterable[str]:
+    """Exact match by length, over all depths, and where the fact is surely out of the question's block."""
+    asked = {label: [row["recall"] for row in group if "recall" in row] for label, group in groups.items()}
+    asked = {label: found for label, found in asked.items() if found}
+    for task in dict.fromkeys(name for found in asked.values() for part in found for name in part["tasks"]):
+        parts = {label: found for label, found in asked.items() if all(task in part["tasks"] for part in found)}
+        first = next(iter(parts.values()))[0]
+        lengths = sorted({cell["tokens"] for cell in first["tasks"][task]["cells"]})
+        block, digits = first["block_length"], first["tasks"][task]["digits"]
+        yield (
+            f"Recall, {task} of {digits} digits: exact match over all depths by the tokens of the text; chance "
+            f"{first['tasks'][task]['chance_exact']:.1g}. Far: the fact lies more than two blocks ({2 * block} tokens) back.\n"
+        )
+        table = []
+        for label, found in parts.items():
+            cells = [cell for part in found for cell in part["tasks"][task]["cells"]]
+            far = [cell for cell in cells if (1 - cell["depth"]) * cell["tokens"] > 2 * block]
+            by_length = [[cell["exact"] for cell in cells if cell["tokens"] == tokens] for tokens in lengths]
+            trials = sum(cell["trials"] for cell in far)
+            shown = [f"{mean([cell['exact'] for cell in far]).value:.1%} of {trials}"] if far else [""]
+            table.append([label, *(f"{mean(values).value:.0%}" for values in by_length), *shown])
+        yield markdown_table(["memory", *(f"{tokens:,}" for tokens in lengths), "far"], table) + "\n"
 
 
 def _spread(value: Any) -> str:

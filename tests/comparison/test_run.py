@@ -57,7 +57,12 @@ def write_plan(folder: Path, steps: int) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("comparison")
-    corpora.chain_corpus(folder / "corpus", corpora.tokenizer(folder))
+    lengths = {"train": [300, 9, 81, 200] * 4, "validation": [200, 150, 30]}
+    documents = {
+        split: [corpora.chain_document(len(split) + seed, length) for seed, length in enumerate(row)]
+        for split, row in lengths.items()
+    }
+    corpora.write_ids(folder / "corpus", corpora.tokenizer(folder), documents)
     return folder
 
 
@@ -72,7 +77,7 @@ def call(plan: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def test_a_comparison_is_interrupted_and_goes_on_to_its_report(folder):
-    plan = write_plan(folder, steps=400)
+    plan = write_plan(folder, steps=4000)
     cells = cells_of(load_plan(plan))
     first = call(plan, "--stages", "train")
     deadline = time.monotonic() + 90
@@ -83,7 +88,7 @@ def test_a_comparison_is_interrupted_and_goes_on_to_its_report(folder):
     assert first.returncode == 130, said
     assert "the same command goes on" in said
     reached = [json.loads((cell.run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] for cell in cells[:2]]
-    assert all(0 < step < 400 for step in reached)
+    assert all(0 < step < 4000 for step in reached)
     again = call(plan, "base.training.train_steps=" + str(max(reached) + 3))  # fewer steps are enough now
     out, said = again.communicate(timeout=200)
     assert again.returncode == 0, out + said
