@@ -114,8 +114,11 @@ def _quality(groups: dict[str, list[Row]]) -> Iterable[str]:
     yield markdown_table([*head, *(["LongPPL", "key tokens"] if has_long else [])], rows) + "\n"
 
 
+DISTANCES = ((-1, 1), (1, 2), (2, 4), (4, math.inf))  # blocks between the fact and the question's end, the last included
+
+
 def _recall(groups: dict[str, list[Row]]) -> Iterable[str]:
-    """Exact match by length, over all depths, and where the fact is surely out of the question's block."""
+    """Exact match by length, and by how many blocks the fact lies back."""
     asked = {label: [row["recall"] for row in group if "recall" in row] for label, group in groups.items()}
     asked = {label: found for label, found in asked.items() if found}
     for task in dict.fromkeys(name for found in asked.values() for part in found for name in part["tasks"]):
@@ -124,18 +127,27 @@ def _recall(groups: dict[str, list[Row]]) -> Iterable[str]:
         lengths = sorted({cell["tokens"] for cell in first["tasks"][task]["cells"]})
         block, digits = first["block_length"], first["tasks"][task]["digits"]
         yield (
-            f"Recall, {task} of {digits} digits: exact match over all depths by the tokens of the text; chance "
-            f"{first['tasks'][task]['chance_exact']:.1g}. Far: the fact lies more than two blocks ({2 * block} tokens) back.\n"
+            f"Recall, {task} of {digits} digits, exact match, chance {first['tasks'][task]['chance_exact']:.1g}: by the tokens of "
+            f"the text over all depths, and by how far back the fact lies in blocks of {block} tokens (questions asked).\n"
         )
         table = []
         for label, found in parts.items():
             cells = [cell for part in found for cell in part["tasks"][task]["cells"]]
-            far = [cell for cell in cells if (1 - cell["depth"]) * cell["tokens"] > 2 * block]
             by_length = [[cell["exact"] for cell in cells if cell["tokens"] == tokens] for tokens in lengths]
-            trials = sum(cell["trials"] for cell in far)
-            shown = [f"{mean([cell['exact'] for cell in far]).value:.1%} of {trials}"] if far else [""]
+            shown = [_far(cells, block, low, high) for low, high in DISTANCES]
             table.append([label, *(f"{mean(values).value:.0%}" for values in by_length), *shown])
-        yield markdown_table(["memory", *(f"{tokens:,}" for tokens in lengths), "far"], table) + "\n"
+        names = ["up to 1", "1 to 2", "2 to 4", "beyond 4"]
+        yield (
+            markdown_table(["memory", *(f"{n:,} tokens" for n in lengths), *(f"{n} blocks back" for n in names)], table)
+            + "\n"
+        )
+
+
+def _far(cells: Sequence[Any], block: int, low: float, high: float) -> str:
+    chosen = [cell for cell in cells if low * block < (1 - cell["depth"]) * cell["tokens"] <= high * block]
+    if not chosen:
+        return ""
+    return f"{mean([cell['exact'] for cell in chosen]).value:.1%} ({sum(cell['trials'] for cell in chosen)})"
 
 
 def _spread(value: Any) -> str:
