@@ -114,7 +114,12 @@ def _quality(groups: dict[str, list[Row]]) -> Iterable[str]:
     yield markdown_table([*head, *(["LongPPL", "key tokens"] if has_long else [])], rows) + "\n"
 
 
-DISTANCES = ((-1, 1), (1, 2), (2, 4), (4, math.inf))  # blocks between the fact and the question's end, the last included
+DISTANCES = (
+    (-1, 1),
+    (1, 2),
+    (2, 4),
+    (4, math.inf),
+)  # blocks between the fact and the question's end, the last included
 
 
 def _recall(groups: dict[str, list[Row]]) -> Iterable[str]:
@@ -166,14 +171,22 @@ def _claims(plan: Plan, rows: list[Row]) -> Iterable[str]:
     table = [
         (
             claim.text, f"{claim.better} against {claim.than}", f"{answer.corpus}, {answer.size}", _spread(answer.better),
-            _spread(answer.than), f"{answer.difference:+.4f}", answer.verdict,
+            _spread(answer.than), ", ".join(f"{difference:+.4f}" for difference in answer.differences), answer.verdict,
         )
         for claim in plan.claims
         for answer in answers(claim, rows)
     ]  # fmt: skip
     if table:
         yield "## Claims\n"
-        head = ("claim", "compared", "corpus, size", "loss of the first", "loss of the second", "difference", "here")
+        head = (
+            "claim",
+            "compared",
+            "corpus, size",
+            "loss of the first",
+            "loss of the second",
+            "difference by seed",
+            "here",
+        )
         yield markdown_table(head, table) + "\n"
 
 

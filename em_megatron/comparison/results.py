@@ -98,33 +98,32 @@ def places(rows: Iterable[Row]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Answer:
-    """A claim on one corpus: losses in nats of both sides; difference = better - than, negative where the claim holds."""
+    """A claim on one corpus: losses in nats of both sides; differences: better - than, by shared seed, negative where the
+    claim holds. Runs of one seed read the same samples in the same order, so they are compared pair by pair."""
 
     corpus: str
     size: str
     better: Mean
     than: Mean
-
-    @property
-    def difference(self) -> float:
-        return self.better.value - self.than.value
+    differences: tuple[float, ...]
 
     @property
     def verdict(self) -> str:
-        """agrees or disagrees, where the difference is larger than what seeds (two at least on one side) differ by."""
-        spread = max(self.better.spread, self.than.spread)
-        if max(self.better.seeds, self.than.seeds) > 1 and abs(self.difference) <= spread:
-            return "cannot tell: within the seeds' spread"
-        word = "agrees" if self.difference < 0 else "disagrees"
-        return word if max(self.better.seeds, self.than.seeds) > 1 else f"{word} (one seed)"
+        """agrees or disagrees where all seeds say the same."""
+        holds, seeds = sum(difference < 0 for difference in self.differences), len(self.differences)
+        if 0 < holds < seeds:
+            return f"cannot tell: in {holds} of {seeds} seeds"
+        return f"{'agrees' if holds else 'disagrees'} ({seeds} {'seed' if seeds == 1 else 'seeds'})"
 
 
 def answers(claim: Claim, rows: Sequence[Row]) -> list[Answer]:
-    """The claim on every corpus and size that has both sides."""
+    """The claim on every corpus and size that has both sides with a seed in common."""
     found = []
     for corpus, size in places(rows):
         groups = grouped(rows, corpus, size)
-        if claim.better in groups and claim.than in groups:
-            sides = [mean([row["loss"] for row in groups[label]]) for label in (claim.better, claim.than)]
-            found.append(Answer(corpus, size, *sides))
+        sides = [{row["seed"]: row["loss"] for row in groups.get(label, [])} for label in (claim.better, claim.than)]
+        shared = sorted(sides[0].keys() & sides[1].keys())
+        if shared:
+            means = [mean([side[seed] for seed in shared]) for side in sides]
+            found.append(Answer(corpus, size, *means, tuple(sides[0][seed] - sides[1][seed] for seed in shared)))
     return found

@@ -346,7 +346,7 @@ def _noise(suite: Suite) -> Iterator[Unit]:
             )
 
 
-LONGEST_NOISE, LARGEST_NOISE_ORDER = 1 << 16, 1 << 13
+LONGEST_NOISE, LARGEST_NOISE_ORDER = 1 << 15, 1 << 12  # a matrix of 1 GiB in fp64
 
 
 def _finish_noise(found: list[Any], suite: Suite) -> Any:

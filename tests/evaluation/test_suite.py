@@ -248,6 +248,7 @@ def test_what_a_corpus_or_a_short_sample_cannot_do_is_left_out(run_folder, tmp_p
             report(subject, tmp_path / "short", "recall", settings=short)
 
 
+@pytest.mark.slow
 def test_a_folder_through_the_same_command(exported, whole, tmp_path):
     code, out, errors = call(exported, "--suite", "perplexity,long_ppl,recall,sweep", *QUICK, "--output", str(tmp_path))
     assert code == 0, errors
