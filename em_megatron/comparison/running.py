@@ -48,7 +48,7 @@ def commands(plan: Plan, cell: Cell, stages: Sequence[str], evaluator: Path | No
     if "train" in stages and not trained(cell):
         quiet = ["logging.progress=false"] if plan.workers > 1 else []
         found.append(["pretrain.py", str(plan.folder / "base.yaml"), *cell.overrides, *quiet])
-    if "evaluate" in stages and not evaluated(cell):
+    if "evaluate" in stages and not evaluated(cell) and (found or trained(cell)):
         found.append(["evaluate.py", str(cell.run_dir), *evaluation_arguments(plan, cell, evaluator)])
     return [[*_python(plan), str(LAUNCH / script), *arguments] for script, *arguments in found]
 

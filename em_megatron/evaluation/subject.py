@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from numpy.typing import NDArray
 
 from em_megatron.config import ConfigError, MemoryConfig, RunConfig, load_config
@@ -104,10 +103,6 @@ class MegatronSubject:
     def __init__(self, run: Restored) -> None:
         self.run, self.path, self.step, self.vocabulary = run, run.checkpoint, run.step, run.vocabulary
         self.opened_with = run.config.memory
-        if (
-            run.config.parallel.sequence_parallel
-        ):  # the embedding then asks for Megatron's random numbers, even to drop nothing
-            model_parallel_cuda_manual_seed(run.config.seed, force_reset_rng=True)
 
     @property
     def config(self) -> RunConfig:
