@@ -124,6 +124,6 @@ def answers(claim: Claim, rows: Sequence[Row]) -> list[Answer]:
         sides = [{row["seed"]: row["loss"] for row in groups.get(label, [])} for label in (claim.better, claim.than)]
         shared = sorted(sides[0].keys() & sides[1].keys())
         if shared:
-            means = [mean([side[seed] for seed in shared]) for side in sides]
-            found.append(Answer(corpus, size, *means, tuple(sides[0][seed] - sides[1][seed] for seed in shared)))
+            better, than = (mean([side[seed] for seed in shared]) for side in sides)
+            found.append(Answer(corpus, size, better, than, tuple(sides[0][seed] - sides[1][seed] for seed in shared)))
     return found
