@@ -5,7 +5,6 @@ CORPUS-SIZE-memory.png, -positions.png, -corruption.png, -recall-TASK-LABEL.png 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from em_megatron.comparison.results import Row, grouped, mean, places
+from em_megatron.comparison.results import Row, grouped, places
 from em_megatron.evaluation.pictures import heat_map
 from em_megatron.training.plots import STYLE
 
@@ -54,36 +53,21 @@ def _colors(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _memory(groups: dict[str, list[Row]], colors: dict[str, Any], title: str, path: Path) -> Path:
-    """Perplexity against floats kept per sequence; a line joins the sizes of a kind, a bar is the seeds' range."""
+    """Perplexity of the first seed against floats kept per sequence; a line joins the sizes of a kind, other seeds are dots."""
     figure = Figure(figsize=(7.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    by_kind: dict[str, list[tuple[int, float, float, float]]] = {}
+    by_kind: dict[str, list[tuple[int, float]]] = {}
     for label, group in groups.items():
-        values = [row["perplexity"] for row in group]
-        middle = math.exp(mean([row["loss"] for row in group]).value)
+        color, floats = colors[group[0]["kind"]], group[0]["memory_floats_per_sequence"]
+        first, *others = (row["perplexity"] for row in group)
         if label in REFERENCES:
-            axes.axhline(
-                middle,
-                color=colors[group[0]["kind"]],
-                linestyle=(0, (5, 3)),
-                linewidth=1.2,
-                label=f"{label} {middle:.2f}",
-            )
+            axes.axhline(first, color=color, linestyle=(0, (5, 3)), linewidth=1.2, label=f"{label} {first:.2f}")
             continue
-        point = (group[0]["memory_floats_per_sequence"], middle, middle - min(values), max(values) - middle)
-        by_kind.setdefault(group[0]["kind"], []).append(point)
+        by_kind.setdefault(group[0]["kind"], []).append((floats, first))
+        axes.plot([floats] * len(others), others, ".", color=color, markersize=4, alpha=0.7)
     for index, (kind, points) in enumerate(by_kind.items()):
-        x, y, low, high = (np.array(column) for column in zip(*sorted(points), strict=True))
-        axes.errorbar(
-            x,
-            y,
-            yerr=[low, high],
-            marker=MARKS[index % len(MARKS)],
-            color=colors[kind],
-            label=kind,
-            capsize=2,
-            markersize=5,
-        )
+        x, y = zip(*sorted(points), strict=True)
+        axes.plot(x, y, marker=MARKS[index % len(MARKS)], color=colors[kind], label=kind, markersize=5)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.tick_params(axis="x", labelrotation=30, labelsize=8)
@@ -95,13 +79,13 @@ def _memory(groups: dict[str, list[Row]], colors: dict[str, Any], title: str, pa
 
 
 def _positions(groups: dict[str, list[Row]], colors: dict[str, Any], title: str, path: Path) -> Path:
-    """Perplexity by position, smoothed over four bins, of the smallest and largest size of each kind at most."""
+    """Perplexity of the first seed by position, smoothed over four bins, of the smallest and largest size of each kind at most."""
     figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     axes = figure.subplots()
     for label in _few(groups):
         group = groups[label]
         bins = group[0]["positions"]
-        losses = np.mean([[bin_["loss"] for bin_ in row["positions"]] for row in group], axis=0)
+        losses = np.array([bin_["loss"] for bin_ in bins])
         width = min(4, len(losses))
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         at = np.convolve([(bin_["start"] + bin_["stop"]) / 2 for bin_ in bins], np.ones(width) / width, mode="valid")
@@ -138,7 +122,7 @@ def _corruption(groups: dict[str, list[Row]], colors: dict[str, Any], title: str
     for label in _few({label: group for label, group in groups.items() if any("corruption" in row for row in group)}):
         group = [row for row in groups[label] if "corruption" in row]
         shares = [100 * part["share"] for part in group[0]["corruption"]["shares"]]
-        rises = np.mean([[part["rise"] for part in row["corruption"]["shares"]] for row in group], axis=0)
+        rises = [part["rise"] for part in group[0]["corruption"]["shares"]]
         style = "--" if label in REFERENCES else "-"
         axes.plot(shares, rises, style, marker="o", markersize=3, color=colors[group[0]["kind"]], label=label)
     axes.set(xlabel="tokens of the last block replaced (%)", ylabel="rise of the loss on clean tokens (nats)")

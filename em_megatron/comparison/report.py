@@ -10,7 +10,7 @@ from typing import Any
 
 from em_megatron.comparison import pictures
 from em_megatron.comparison.plan import Cell, Plan
-from em_megatron.comparison.results import Row, answers, collect, grouped, mean, places
+from em_megatron.comparison.results import Mean, Row, answers, collect, grouped, later_loss, mean, places
 from em_megatron.evaluation.tables import markdown_table
 from em_megatron.training.metrics import finite
 
@@ -63,8 +63,7 @@ def _setting(plan: Plan, corpora: dict[str, Any]) -> Iterable[str]:
     tokens = training["train_steps"] * training["global_batch_size"] * data["sequence_length"]
     yield (
         f"Every run: {tokens / 1e6:,.1f}M tokens in samples of {data['sequence_length']:,}, blocks of "
-        f"{plan.base['memory']['block_length']:,}; everything but the memory is the same. Means over seeds ± the largest "
-        "distance of a seed from the mean.\n"
+        f"{plan.base['memory']['block_length']:,}; everything but the memory is the same.\n"
     )
     if corpora:
         head = (
@@ -83,35 +82,39 @@ def _setting(plan: Plan, corpora: dict[str, Any]) -> Iterable[str]:
 
 
 def _quality(groups: dict[str, list[Row]]) -> Iterable[str]:
-    """Kinds by their held-out loss, best first."""
+    """Kinds by the held-out loss of their first seed, best first: seeds differ in the order of the data, so only equal ones
+    compare."""
     has_long = any("long_ppl" in row for group in groups.values() for row in group)
-    floor, ceiling = (
-        mean([row["loss"] for row in groups[x]]).value if x in groups else None for x in ("block_local", "full")
-    )
+    floor = groups["block_local"][0] if "block_local" in groups else None
     rows = []
-    for label, group in sorted(groups.items(), key=lambda pair: mean([row["loss"] for row in pair[1]]).value):
-        loss, first = mean([row["loss"] for row in group]), group[0]
-        bits = mean([row["bits_per_byte"] for row in group])
-        closed = "" if floor is None or ceiling is None else f"{(floor - loss.value) / (floor - ceiling):.0%}"
-        long = _long_ppl(group) if has_long else ()
+    for label, group in sorted(groups.items(), key=lambda pair: pair[1][0]["loss"]):
+        first = group[0]
+        against = "" if floor is None else f"{first['loss'] - floor['loss']:+.4f}"
+        later = "" if floor is None else f"{later_loss(first) - later_loss(floor):+.4f}"
         rows.append(
             (
                 label, f"{first['memory_floats_per_sequence']:,}{' (grows)' if first['grows'] else ''}",
-                f"{first['parameters']:,}", str(loss.seeds), f"{math.exp(loss.value):.2f}", _spread(loss), f"{bits.value:.4f}",
-                closed, *long,
+                f"{first['parameters']:,}", f"{math.exp(first['loss']):.2f}", f"{first['bits_per_byte']:.4f}", against, later,
+                ", ".join(f"{row['loss']:.4f}" for row in group), *(_long_ppl(first) if has_long else ()),
             )
         )  # fmt: skip
     head = [
         "memory",
         "floats per sequence",
         "parameters",
-        "seeds",
         "perplexity",
-        "loss (nats)",
         "bits per byte",
-        "of the way from block_local to full",
+        "nats against block_local",
+        "the same behind the first block",
+        "loss by seed",
     ]
     yield markdown_table([*head, *(["LongPPL", "key tokens"] if has_long else [])], rows) + "\n"
+
+
+def _long_ppl(row: Row) -> tuple[str, str]:
+    found = row.get("long_ppl", {})
+    value = found.get("long_ppl")
+    return ("" if value is None else f"{value:.2f}", f"{found['key_tokens']:,}" if found else "")
 
 
 DISTANCES = (
@@ -155,16 +158,8 @@ def _far(cells: Sequence[Any], block: int, low: float, high: float) -> str:
     return f"{mean([cell['exact'] for cell in chosen]).value:.1%} ({sum(cell['trials'] for cell in chosen)})"
 
 
-def _spread(value: Any) -> str:
+def _spread(value: Mean) -> str:
     return f"{value.value:.4f}" + (f" ± {value.spread:.4f}" if value.seeds > 1 else "")
-
-
-def _long_ppl(group: Sequence[Row]) -> tuple[str, str]:
-    found = [row["long_ppl"] for row in group if row.get("long_ppl", {}).get("long_ppl")]
-    if not found:
-        return "", ""
-    logs = mean([math.log(part["long_ppl"]) for part in found])
-    return f"{math.exp(logs.value):.2f}", f"{found[0]['key_tokens']:,}"
 
 
 def _claims(plan: Plan, rows: list[Row]) -> Iterable[str]:

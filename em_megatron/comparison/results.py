@@ -33,6 +33,7 @@ def _row(plan: Plan, cell: Cell) -> Row | None:
         "kind": cell.kind,
         "memory_kind": memory.kind,
         "factor": cell.factor,
+        "block_length": memory.block_length,
         "corpus": cell.corpus,
         "size": cell.size,
         "seed": cell.seed,
@@ -58,7 +59,8 @@ def _machine(path: Path) -> str:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return "a machine that is not noted"
-    return f"{found['device']}, commit {found['commit'][:12]}"
+    commit, *rest = found["commit"].split(" ", 1)
+    return f"{found['device']}, {found['cores']} cores, torch {found['torch']}, commit {' '.join([commit[:12], *rest])}"
 
 
 def tokens_per_second(path: Path) -> float | None:
@@ -80,6 +82,12 @@ def mean(values: Sequence[float]) -> Mean:
     """Raises statistics.StatisticsError for no values."""
     middle = statistics.fmean(values)
     return Mean(middle, max(abs(value - middle) for value in values), len(values))
+
+
+def later_loss(row: Row) -> float:
+    """Loss in nats per token behind the first block, where a memory can have something to say."""
+    later = [part for part in row["positions"] if part["start"] >= row["block_length"]]
+    return sum(part["loss"] * part["tokens"] for part in later) / sum(part["tokens"] for part in later)
 
 
 def grouped(rows: Iterable[Row], corpus: str, size: str) -> dict[str, list[Row]]:
