@@ -84,7 +84,9 @@ def _setting(plan: Plan, corpora: dict[str, Any]) -> Iterable[str]:
 def _quality(groups: dict[str, list[Row]]) -> Iterable[str]:
     """Kinds by the held-out loss of their first seed, best first: seeds differ in the order of the data, so only equal ones
     compare."""
-    has_long = any("long_ppl" in row for group in groups.values() for row in group)
+    # Without the plan's evaluator each model judged itself, which does not compare.
+    judges = {row["long_ppl"]["evaluator"] for group in groups.values() for row in group if "long_ppl" in row}
+    has_long = len(judges) == 1
     floor = groups["block_local"][0] if "block_local" in groups else None
     rows = []
     for label, group in sorted(groups.items(), key=lambda pair: pair[1][0]["loss"]):
