@@ -247,7 +247,26 @@ def cells_of(plan: Plan) -> list[Cell]:
         place = Place(plan.speed.corpus, size, 1, "", plan.speed.steps)
         (cell,) = _cells(plan, name, [factor or 1], place)
         found[cell.name] = cell
-    return list(found.values())
+    cells = list(found.values())
+    return [_with_judge(plan, cells, cell) for cell in cells]
+
+
+def _with_judge(plan: Plan, cells: Sequence[Cell], cell: Cell) -> Cell:
+    """The cell, without LongPPL where the plan's evaluator is not among the cells of its corpus and size."""
+    parts = cell.suite.split(",")
+    if "long_ppl" not in parts or not plan.evaluator or evaluator_of(plan, cells, cell) is not None:
+        return cell
+    return replace(cell, suite=",".join(part for part in parts if part != "long_ppl"))
+
+
+def evaluator_of(plan: Plan, cells: Sequence[Cell], cell: Cell) -> Path | None:
+    """The run that finds the key tokens for a cell, None where the plan names none or the comparison has none."""
+    same = [
+        other
+        for other in cells
+        if (other.label, other.corpus, other.size) == (plan.evaluator, cell.corpus, cell.size) and not other.speed_only
+    ]
+    return min(same, key=lambda other: other.seed).run_dir if same else None
 
 
 def _cells(plan: Plan, kind: str, factors: Sequence[int], place: Place) -> list[Cell]:

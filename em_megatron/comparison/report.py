@@ -11,7 +11,7 @@ from typing import Any
 from em_megatron.comparison import pictures
 from em_megatron.comparison.plan import Cell, Plan
 from em_megatron.comparison.results import Mean, Row, answers, collect, grouped, later_loss, mean, places
-from em_megatron.evaluation.tables import markdown_table
+from em_megatron.evaluation.tables import PAGES, markdown_table
 from em_megatron.training.metrics import finite
 
 
@@ -50,6 +50,8 @@ def _page(
         yield f"## {corpus}, model size {size}\n"
         yield from _quality(grouped(rows, corpus, size))
         yield from _recall(grouped(rows, corpus, size))
+        yield from _corruption(grouped(rows, corpus, size))
+        yield from _readers(grouped(rows, corpus, size))
         yield from _shown(drawn, f"{corpus}-{size}-")
     yield from _claims(plan, rows)
     yield from _speed(rows)
@@ -158,6 +160,40 @@ def _far(cells: Sequence[Any], block: int, low: float, high: float) -> str:
     if not chosen:
         return ""
     return f"{mean([cell['exact'] for cell in chosen]).value:.1%} ({sum(cell['trials'] for cell in chosen)})"
+
+
+def _corruption(groups: dict[str, list[Row]]) -> Iterable[str]:
+    """Of the first seed: how much the loss on clean tokens rises, and what the history is worth where most is replaced."""
+    found = {label: group[0]["corruption"]["shares"] for label, group in groups.items() if "corruption" in group[0]}
+    if not found:
+        return
+    shares = [part["share"] for part in next(iter(found.values()))]
+    yield (
+        "Tokens of the last block replaced at random: rise of the loss on its clean tokens in nats, and what the history is then "
+        "worth (the loss of the block read alone, minus that with its history), clean and at the last share.\n"
+    )
+    table = [
+        [
+            label, *(f"{part['rise']:+.3f}" for part in parts[1:]), f"{parts[0]['memory_benefit']:.3f}",
+            f"{parts[-1]['memory_benefit']:.3f}",
+        ]
+        for label, parts in found.items()
+    ]  # fmt: skip
+    worth = ["history worth, clean", f"history worth, {shares[-1]:.0%}"]
+    yield markdown_table(["memory", *(f"{share:.0%} replaced" for share in shares[1:]), *worth], table) + "\n"
+
+
+def _readers(groups: dict[str, list[Row]]) -> Iterable[str]:
+    """Other readers and noise, of the rows whose suite has them."""
+    for label, group in groups.items():
+        for part, title in (
+            ("sweep", "other readers of the same weights"),
+            ("noise", "what N coefficients keep of T tokens"),
+        ):
+            if part in group[0]:
+                yield f"{label}, {title}:\n"
+                yield from PAGES[part](group[0][part])
+                yield ""
 
 
 def _spread(value: Mean) -> str:

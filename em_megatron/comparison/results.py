@@ -48,6 +48,11 @@ def _row(plan: Plan, cell: Cell) -> Row | None:
         found = json.loads(path.read_text())
         names = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "positions", *OTHER_PARTS)
         row |= {name: found[name] for name in names if name in found}
+        if "long_ppl" in row:  # of which run, not where it lies
+            judge = Path(row["long_ppl"]["evaluator"])
+            row["long_ppl"]["evaluator"] = judge.parents[1].name if judge.parent.name == "checkpoints" else judge.name
+            if "long_ppl" not in cell.suite:
+                del row["long_ppl"]  # by itself, before the plan named an evaluator
         # Costs with the vocabulary that the corpus really has.
         row |= {name: found[name] for name in vars(cell.costs)}
     return row

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from em_megatron.checkpoint.folder import complete_steps
-from em_megatron.comparison.plan import Cell, Plan
+from em_megatron.comparison.plan import Cell, Plan, evaluator_of
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 POLL_SECONDS = 0.2
@@ -57,16 +57,6 @@ def evaluation_arguments(plan: Plan, cell: Cell, evaluator: Path | None) -> list
     """What evaluate.py is told about a cell."""
     judge = ["--evaluator", str(evaluator)] if evaluator is not None and "long_ppl" in cell.suite else []
     return ["--suite", cell.suite, *judge, *plan.evaluate]
-
-
-def evaluator_of(plan: Plan, cells: Sequence[Cell], cell: Cell) -> Path | None:
-    """The run that finds the key tokens for a cell, None where the plan names none or the comparison has none."""
-    same = [
-        other
-        for other in cells
-        if (other.label, other.corpus, other.size) == (plan.evaluator, cell.corpus, cell.size) and not other.speed_only
-    ]
-    return min(same, key=lambda other: other.seed).run_dir if same else None
 
 
 def _python(plan: Plan) -> list[str]:
