@@ -12,10 +12,7 @@ annotated Comus, a reprint of four poems), because a held-out play must not be t
 
 import argparse
 import hashlib
-import json
-import os
 import re
-import shutil
 import sys
 import tarfile
 import tempfile
@@ -66,33 +63,12 @@ def read_texts(archive: Path, all_editions: bool) -> dict[str, str]:
 
 def write_folder(folder: Path, texts: dict[str, str], all_editions: bool) -> None:
     """Writes the texts and a list of them into a new folder that appears in one step."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8", newline="\n")
-        sizes = {name: len(text.encode()) for name, text in texts.items()}
-        contents = {"archive_sha256": BOOKS.sha256, "all_editions": all_editions, "bytes": sizes}
-        (partial / CONTENTS_NAME).write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    sdists.write_folder(folder, texts, CONTENTS_NAME, contents_of(all_editions))
 
 
-def present(folder: Path, all_editions: bool) -> bool:
-    """True if the folder holds these texts already. Raises DataError if it holds something else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    try:
-        contents = json.loads((folder / CONTENTS_NAME).read_text(encoding="utf-8"))
-        same = contents["archive_sha256"] == BOOKS.sha256 and contents["all_editions"] == all_editions
-        if same and all((folder / name).stat().st_size == size for name, size in contents["bytes"].items()):
-            return True
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise DataError(f"{folder} holds other files than the quickstart texts; give an --output that does not exist yet")
+def contents_of(all_editions: bool) -> dict[str, object]:
+    """What the list says beside names and sizes."""
+    return {"archive_sha256": BOOKS.sha256, "all_editions": all_editions}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fetch(output: Path, all_editions: bool) -> str:
     """Makes sure the texts are in `output`; returns a line for people."""
-    if present(output, all_editions):
+    if sdists.present(output, CONTENTS_NAME, contents_of(all_editions), "the quickstart texts"):
         return f"{output} already holds the quickstart texts; nothing to do"
     with tempfile.TemporaryDirectory() as temporary:
         texts = read_texts(sdists.fetch(BOOKS, Path(temporary), OWN_TEXTS), all_editions)

