@@ -20,7 +20,7 @@ def write(plan: Plan, cells: Sequence[Cell], corpora: dict[str, Any], folder: Pa
 
     corpora: what each is, by name (`corpora.describe`).
     """
-    rows = collect(plan, cells)
+    rows = collect(cells)
     folder.mkdir(parents=True, exist_ok=True)
     missing = sorted({cell.name for cell in cells} - {row["name"] for row in rows})
     drawn = pictures.draw(rows, folder)

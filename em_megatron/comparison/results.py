@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from em_megatron.comparison.plan import Cell, Claim, Plan, grows
+from em_megatron.comparison.plan import Cell, Claim, grows
 from em_megatron.comparison.running import EVALUATED_NAME, MACHINE_NAME, trained
 from em_megatron.training.plots import read_rows
 
@@ -17,12 +17,12 @@ Row = dict[str, Any]
 OTHER_PARTS = ("long_ppl", "corruption", "sweep", "recall", "noise")
 
 
-def collect(plan: Plan, cells: Sequence[Cell]) -> list[Row]:
+def collect(cells: Sequence[Cell]) -> list[Row]:
     """A row for each cell that is done: what it is, what it costs, what its evaluation and its metrics say."""
-    return [row for cell in cells if (row := _row(plan, cell)) is not None]
+    return [row for cell in cells if (row := _row(cell)) is not None]
 
 
-def _row(plan: Plan, cell: Cell) -> Row | None:
+def _row(cell: Cell) -> Row | None:
     path = cell.run_dir / EVALUATED_NAME
     if not (trained(cell) if cell.speed_only else path.is_file()):
         return None

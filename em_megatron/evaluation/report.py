@@ -14,11 +14,11 @@ from em_megatron.evaluation import pictures, tables
 from em_megatron.evaluation.options import PARTS
 from em_megatron.evaluation.reference_models import reference_bits_per_byte
 from em_megatron.evaluation.subject import MegatronSubject, Subject, open_subject
-from em_megatron.evaluation.suite import Settings, Suite, subject_identity
+from em_megatron.evaluation.suite import Settings, Suite, read_state, subject_identity
 from em_megatron.evaluation.sweep import readers
-from em_megatron.kinds import kind_of
 from em_megatron.model.sizes import Costs, costs, layer_letters, padded_vocab_size
 from em_megatron.training.metrics import finite
+from em_megatron.training.restore import reader_of
 from em_megatron.training.stopping import StopRequest
 
 
@@ -106,7 +106,7 @@ def write_report(subject: Subject, found: dict[str, Any], skipped: dict[str, str
     header = {
         "checkpoint": str(subject.path),
         "step": subject.step,
-        "reader": tables.reader_of(subject.config.memory),
+        "reader": reader_of(subject.config.memory),
         "memory": dataclasses.asdict(subject.config.memory),
         "sequence_length": subject.config.data.sequence_length,
         **dataclasses.asdict(subject_costs(subject)),
@@ -126,16 +126,8 @@ def _earlier(subject: Subject, folder: Path) -> dict[str, Any]:
     """Results of whole parts that were done with this model, reader and corpus."""
     same, found = subject_identity(subject), {}
     for path in sorted((folder / "parts").glob("*.json")):
-        try:
-            state = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
+        state = read_state(path) or {}
         identity = {name: state.get("identity", {}).get(name) for name in same}
         if state.get("complete") and identity == json.loads(json.dumps(same)):
             found[path.stem] = state["result"]
     return found
-
-
-def describe_kind(subject: Subject) -> str:
-    """The memory in a few words."""
-    return kind_of(subject.config.memory).describe(subject.config.memory)

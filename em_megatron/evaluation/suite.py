@@ -28,12 +28,12 @@ from tqdm import tqdm
 from em_megatron.config import ConfigError
 from em_megatron.data.stream import TokenStream
 from em_megatron.evaluation import corruption, long_ppl, noise, recall
+from em_megatron.evaluation.options import PARTS
 from em_megatron.evaluation.subject import Subject, held_out
 from em_megatron.evaluation.sweep import readers
 from em_megatron.kinds import kind_of
 
 Unit = tuple[str, Callable[[], Any]]
-PARTS = ("perplexity", "long_ppl", "recall", "corruption", "sweep", "noise")
 
 
 class Interrupted(Exception):  # noqa: N818  # as KeyboardInterrupt, no error
@@ -85,7 +85,7 @@ class Suite:
     def _run(self, part: str, units: Sequence[Unit], bar: Any) -> Any:
         path = self.folder / "parts" / f"{part}.json"
         identity = self.identity(part)
-        state = self._agreed(_read(path))
+        state = self._agreed(read_state(path))
         done = state["units"] if state and state.get("identity") == identity else {}
         for name, compute in units:
             bar.set_postfix_str(f"{part} {name}", refresh=False)
@@ -145,7 +145,8 @@ def subject_identity(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_state(path: Path) -> dict[str, Any] | None:
+    """A part's file, None where there is none or it is damaged."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

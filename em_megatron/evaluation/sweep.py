@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from em_megatron.config import MemoryConfig
+from em_megatron.hf.config_mapping import MEMORY
+from em_megatron.hf.configuration_elastic_memory import reader_kinds
+from em_megatron.hf.generation import READER_KEYS
 
 FACTORS = (8, 4, 2)
 SAMPLERS = (
@@ -14,17 +17,9 @@ SAMPLERS = (
 )
 
 
-SAMPLER_KEYS = ("sampler", "sampler_a", "sampler_lo", "sampler_hi", "sampler_points")
-KEYS = {
-    "elastic": ("order", "slots", *SAMPLER_KEYS),
-    "subsample": ("slots", *SAMPLER_KEYS),
-    "memorizing": ("pairs", "top_k"),
-}
-
-
 def reader_keys(memory: MemoryConfig) -> tuple[str, ...]:
     """Keys of the memory section that are the kind's reader; none for kinds without."""
-    return KEYS.get(memory.kind, ())
+    return tuple(key for key in READER_KEYS if memory.kind in reader_kinds(MEMORY[key]))
 
 
 def readers(memory: MemoryConfig) -> list[str]:

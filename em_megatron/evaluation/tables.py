@@ -6,18 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from em_megatron.config import MemoryConfig
-from em_megatron.training.restore import reader_of
-
 REFERENCES = {"unigram_tokens": "unigram model of the tokens", "byte_order_2": "order-2 model of the bytes"}
 Found = dict[str, Any]
-
-__all__ = ["markdown", "markdown_table", "memory_line", "reader_of", "terminal"]
-
-
-def memory_line(memory: MemoryConfig) -> str:
-    """The memory and its reader in a few words."""
-    return reader_of(memory)
 
 
 def terminal(found: Found) -> str:
