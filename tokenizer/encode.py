@@ -34,9 +34,10 @@ from em_megatron.data.manifest import (
     DataError,
     Manifest,
     Shard,
-    file_sha256,
 )
+from em_megatron.data.shards import ShardReader
 from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.data.writing import EncodedDocument, write_shard
 from tokenizer.corpus import (
     TRAIN,
     VALIDATION,
@@ -52,17 +53,9 @@ from tokenizer.corpus import (
 )
 from tokenizer.train import write_atomically
 
-SHARD_PATTERN = re.compile(r"(train|validation)-\d{6}\.tar(\.partial)?")
+SHARD_PATTERN = re.compile(r"(train|validation)-\d{6}\.(tar|idx)(\..*partial)?")
 BYTES_PER_WORKER = 16 << 20  # less text is encoded sooner than another process starts
 TASKS_PER_WORKER = 4  # files in flight, so that memory does not grow with the corpus
-
-
-class EncodedDocument(NamedTuple):
-    """A document's name, its raw little-endian ids with bos and eos, and the UTF-8 bytes of its text."""
-
-    name: str
-    tokens: bytes
-    text_bytes: int
 
 
 class EncodeTask(NamedTuple):
@@ -139,49 +132,23 @@ class ShardWriter:
         self._split = split
         self._shard_tokens = shard_tokens
         self._item_bytes = item_bytes
-        self._documents: list[tuple[int, EncodedDocument]] = []
+        self._documents: list[EncodedDocument] = []
         self._tokens = 0
-        self._count = 0
 
     def add(self, document: EncodedDocument) -> None:
         tokens = len(document.tokens) // self._item_bytes
         if self._tokens and self._tokens + tokens > self._shard_tokens:
             self.close()
-        self._documents.append((tokens, document))
+        self._documents.append(document)
         self._tokens += tokens
 
     def close(self) -> None:
         """Writes what has been gathered as one shard."""
-        if not self._documents:
-            return
-        # webdataset imports torch, which would cost every spawned worker seconds at the top of this module.
-        import webdataset
-
         name = f"{self._split}-{len(self.shards):06d}.tar"
-        partial = self._directory / f"{name}.partial"
-        with open(partial, "wb") as file:
-            with webdataset.TarWriter(file, mtime=0, encoder=False) as tar:
-                for tokens, document in self._documents:
-                    tar.write(self._members(tokens, document))
-            file.flush()
-            os.fsync(file.fileno())
-        text_bytes = sum(document.text_bytes for _, document in self._documents)
-        self.shards.append(
-            Shard(name, len(self._documents), self._tokens, text_bytes, partial.stat().st_size, file_sha256(partial))
-        )
-        os.replace(partial, self._directory / name)
+        shard = write_shard(self._directory, name, self._documents, f"<u{self._item_bytes}")
+        if shard:
+            self.shards.append(shard)
         self._documents, self._tokens = [], 0
-
-    def _members(self, tokens: int, document: EncodedDocument) -> dict[str, str | bytes]:
-        # No dot in the key (webdataset cuts names at the first one), and short enough for a plain tar header.
-        key = f"{self._count:09d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', document.name)[:48]}"
-        self._count += 1
-        entry = {"name": document.name, "tokens": tokens, "bytes": document.text_bytes}
-        return {
-            "__key__": key,
-            "json": json.dumps(entry, ensure_ascii=True, sort_keys=True).encode(),
-            "tokens.bin": document.tokens,
-        }
 
 
 def source_digest(summaries: Iterable[FileSummary], arguments: argparse.Namespace, separator: str | None) -> str:
@@ -205,7 +172,8 @@ def prepare_output(directory: Path, wanted: Manifest, overwrite: bool) -> bool:
                 "choose another --output, or replace it with --overwrite"
             )
         try:
-            found.check_sizes(directory)
+            for split in found.splits:
+                ShardReader(directory, split)
             return True
         except DataError as error:
             print(f"tokenizer.encode: {error}; encoding again", file=sys.stderr)

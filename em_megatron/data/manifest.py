@@ -5,6 +5,7 @@ A corpus folder is
     manifest.json                   written last, so a folder without it is an unfinished encoding
     tokenizer.model                 a copy of the tokenizer the shards were encoded with
     train-000000.tar, ...           members KEY.tokens.bin (raw little-endian ids) and KEY.json
+    train-000000.idx, ...           where the documents of a shard lie (data/index.py)
     validation-000000.tar, ...
 """
 
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from em_megatron.data.sources import Source
     from em_megatron.data.vocabulary import Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
 DTYPES = ("<u2", "<u4")
@@ -31,7 +33,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file. `tokens` counts stored ids with bos and eos, `text_bytes` the UTF-8 text they stand for."""
+    """One tar file. `tokens` counts stored ids with bos and eos, `text_bytes` the UTF-8 text they stand for.
+
+    sha256, index_sha256: of the tar and of its index.
+    """
 
     name: str
     documents: int
@@ -39,6 +44,7 @@ class Shard:
     text_bytes: int
     file_bytes: int
     sha256: str
+    index_sha256: str
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,6 @@ class Manifest:
                 f"{vocabulary.sha256[:12]}): use the {TOKENIZER_NAME} that lies beside its manifest"
             )
 
-    def check_sizes(self, directory: Path) -> None:
-        """Compares the size of every shard with the manifest's; raises DataError that names the first bad shard."""
-        for shard in (shard for shards in self.splits.values() for shard in shards):
-            check_size(directory, shard)
-
     def save(self, directory: Path) -> Path:
         """Writes manifest.json in one step: readers see the whole of it or nothing."""
         path = directory / MANIFEST_NAME
@@ -116,12 +117,23 @@ class Manifest:
     @classmethod
     def load(cls, directory: str | Path) -> "Manifest":
         """Reads DIRECTORY/manifest.json. Raises DataError where it is missing, unreadable or of another format."""
-        path = Path(directory) / MANIFEST_NAME
+        from em_megatron.data.sources import FolderSource
+
+        return cls.read(FolderSource(Path(directory)))
+
+    @classmethod
+    def read(cls, source: "Source") -> "Manifest":
+        """Reads a corpus' manifest.json. Raises DataError where it is missing, unreadable or of another format."""
+        path = f"{source.location}/{MANIFEST_NAME}"
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(source.read(MANIFEST_NAME).decode("utf-8"))
         except FileNotFoundError:
-            raise DataError(f"no corpus at {path.parent}: {MANIFEST_NAME} is missing; run tokenizer.encode") from None
+            raise DataError(
+                f"no corpus at {source.location}: {MANIFEST_NAME} is missing; run tokenizer.encode"
+            ) from None
         except ValueError as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{path} is not valid JSON ({error}); encode the corpus again") from None
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if version != FORMAT_VERSION:
@@ -131,7 +143,7 @@ class Manifest:
         return cls._from_json(fields, path)
 
     @classmethod
-    def _from_json(cls, fields: dict[str, Any], path: Path) -> "Manifest":
+    def _from_json(cls, fields: dict[str, Any], path: str) -> "Manifest":
         try:
             splits = {name: tuple(Shard(**s) for s in shards) for name, shards in fields.pop("splits").items()}
             manifest = cls(splits=splits, **fields)
@@ -146,27 +158,3 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_size(directory: Path, shard: Shard) -> None:
-    """Raises DataError if the shard is missing or its size is not the manifest's."""
-    path = directory / shard.name
-    if not path.is_file():
-        raise DataError(f"shard {shard.name} is missing from {directory}; copy it again or encode the corpus again")
-    size = path.stat().st_size
-    if size != shard.file_bytes:
-        kind = "truncated" if size < shard.file_bytes else "too long"
-        raise DataError(
-            f"shard {shard.name} in {directory} is {kind}: {size} bytes, the manifest says {shard.file_bytes}; "
-            "copy it again or encode the corpus again"
-        )
-
-
-def check_content(directory: Path, shard: Shard) -> None:
-    """Raises DataError if the shard's sha256 is not the manifest's."""
-    found = file_sha256(directory / shard.name)
-    if found != shard.sha256:
-        raise DataError(
-            f"shard {shard.name} in {directory} was altered: its sha256 is {found[:12]}, the manifest says "
-            f"{shard.sha256[:12]}; copy it again or encode the corpus again"
-        )

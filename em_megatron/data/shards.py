@@ -1,60 +1,74 @@
 """Random access to the documents of an encoded corpus, straight from its tar shards through memory maps.
 
 webdataset 1.0.2 reads a truncated shard short without an error and its order depends on the worker count; so here
-the tar headers are read once for an index (document -> offset), and tokens are served by position.
+the shards' indexes say where each document lies, and tokens are served by position. A shard and its index are opened,
+and fetched where they are not on this machine, when a document of it is asked for.
 """
 
-import json
-import tarfile
 import threading
+from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from em_megatron.data.manifest import DataError, Manifest, Shard, check_content, check_size
+from em_megatron.data.index import OFFSET, TEXT_BYTES, TOKENS, index_bytes, index_name, open_index
+from em_megatron.data.manifest import Manifest, Shard
+from em_megatron.data.sources import Source, open_source
+from em_megatron.data.writing import read_names
 
-TOKENS_SUFFIX = ".tokens.bin"
-JSON_SUFFIX = ".json"
+SHARDS_KEPT = 256  # open at a time
 
 
 class ShardReader:
     """The documents of one split, numbered 0.. in shard order.
 
-    manifest: the corpus' manifest. document_lengths: int64 [documents], stored ids with bos and eos.
-    document_bytes: int64 [documents], UTF-8 bytes of text. names: the documents' names.
+    corpus: its folder or address, or the source of its files. manifest: the corpus' manifest.
+    first_documents: int64 [shards + 1], the number of each shard's first document, and how many there are.
 
-    File sizes of the split are checked here, the sha256 of a shard before its first token is handed out
-    (`verify=False` leaves that out, for a corpus so large that hashing it takes too long on every rank).
-    Raises DataError, naming the shard, if one is missing, truncated or altered.
+    File sizes of the split are checked here where that costs nothing, the sha256 of a shard before its first token is
+    handed out (`verify=False` leaves that out). Raises DataError, naming the shard, if one is missing, truncated or
+    altered.
     """
 
-    def __init__(self, directory: str | Path, split: str = "train", verify: bool = True) -> None:
-        self.directory = Path(directory)
+    def __init__(
+        self, corpus: str | Path | Source, split: str = "train", verify: bool = True, shards_kept: int = SHARDS_KEPT
+    ) -> None:
+        self.source = corpus if isinstance(corpus, Source) else open_source(corpus, verify=verify)
         self.split = split
-        self.manifest = Manifest.load(directory)
-        self._shards = self.manifest.shards(split)
+        self.manifest = Manifest.read(self.source)
+        self.shards = self.manifest.shards(split)
+        self.first_documents = np.cumsum([0] + [shard.documents for shard in self.shards], dtype=np.int64)
         self._dtype = np.dtype(self.manifest.dtype)
-        self._maps: list[NDArray[np.uint8] | None] = [None] * len(self._shards)
-        self._verify = verify
-        self._lock = threading.Lock()
-        for shard in self._shards:
-            check_size(self.directory, shard)
-        self._index()
-
-    def _index(self) -> None:
-        names: list[str] = []
-        rows: list[tuple[int, int, int, int]] = []
-        for number, shard in enumerate(self._shards):
-            shard_names, shard_rows = _read_index(self.directory, shard, self._dtype.itemsize)
-            names.extend(shard_names)
-            rows.extend((number, *row) for row in shard_rows)
-        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-        self.names = tuple(names)
-        self._shard_of, self._offsets, self.document_lengths, self.document_bytes = table.T.copy()
+        self._kept = shards_kept
+        self._open: OrderedDict[int, tuple[NDArray[np.uint8] | None, NDArray[np.int64]]] = OrderedDict()
+        self._lock = threading.RLock()
+        for shard in self.shards:
+            self.source.check(shard.name, shard.file_bytes)
+            self.source.check(index_name(shard.name), index_bytes(shard.documents))
 
     def __len__(self) -> int:
-        return len(self.document_lengths)
+        return int(self.first_documents[-1])
+
+    def lengths(self, shard: int) -> NDArray[np.int64]:
+        """Stored ids of each document of a shard, bos and eos included."""
+        return np.asarray(self._index(shard)[:, TOKENS])
+
+    @cached_property
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Stored ids of every document of the split, int64 [documents]."""
+        return np.concatenate([self.lengths(shard) for shard in range(len(self.shards))])
+
+    @cached_property
+    def document_bytes(self) -> NDArray[np.int64]:
+        """UTF-8 bytes of text of every document of the split, int64 [documents]."""
+        return np.concatenate([self._index(shard)[:, TEXT_BYTES] for shard in range(len(self.shards))])
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of every document of the split, read from the tars."""
+        return tuple(name for shard in self.shards for name in read_names(self._path(shard)))
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.unsignedinteger]:
         """Ids start..stop of a document (bos is id 0 of it), a read-only view of the shard, [stop - start].
@@ -63,47 +77,42 @@ class ShardReader:
         """
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of split {self.split}, which has {len(self)}")
-        length = int(self.document_lengths[document])
+        number = int(np.searchsorted(self.first_documents, document, side="right")) - 1
+        content, index = self._content(number)
+        row = index[document - self.first_documents[number]]
+        length, offset = int(row[TOKENS]), int(row[OFFSET])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise IndexError(f"tokens {start}..{stop} of document {document}, which has {length}")
-        offset = int(self._offsets[document])
         size = self._dtype.itemsize
-        view = self._map(int(self._shard_of[document]))[offset + start * size : offset + stop * size]
-        return view.view(self._dtype)
+        return content[offset + start * size : offset + stop * size].view(self._dtype)
 
-    def _map(self, number: int) -> NDArray[np.uint8]:
+    def prepare(self, shard: int) -> None:
+        """Fetches and checks a shard and its index ahead of the first document of it that is asked for."""
+        self._content(shard)
+
+    def _index(self, number: int) -> NDArray[np.int64]:
         with self._lock:
-            found = self._maps[number]
-            if found is None:
-                shard = self._shards[number]
-                if self._verify:
-                    check_content(self.directory, shard)
-                found = np.memmap(self.directory / shard.name, dtype=np.uint8, mode="r")
-                self._maps[number] = found
-            return found
+            if number not in self._open:
+                shard = self.shards[number]
+                path = self.source.path(index_name(shard.name), index_bytes(shard.documents), shard.index_sha256)
+                self._keep(number, None, open_index(path, shard))
+            self._open.move_to_end(number)
+            return self._open[number][1]
 
+    def _content(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        with self._lock:
+            index = self._index(number)
+            content = self._open[number][0]
+            if content is None:
+                content = np.memmap(self._path(self.shards[number]), dtype=np.uint8, mode="r")
+                self._keep(number, content, index)
+            return content, index
 
-def _read_index(directory: Path, shard: Shard, item_bytes: int) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Names and (file offset, tokens, text bytes) of the documents of a shard, checked against the manifest."""
-    tokens: dict[str, tuple[int, int]] = {}
-    texts: dict[str, tuple[str, int]] = {}
-    try:
-        with tarfile.open(directory / shard.name, "r:") as tar:
-            for member in tar:
-                if member.name.endswith(TOKENS_SUFFIX):
-                    tokens[member.name.removesuffix(TOKENS_SUFFIX)] = member.offset_data, member.size // item_bytes
-                elif member.name.endswith(JSON_SUFFIX) and (file := tar.extractfile(member)):
-                    entry = json.loads(file.read())
-                    texts[member.name.removesuffix(JSON_SUFFIX)] = entry["name"], int(entry["bytes"])
-    except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
-        raise _altered(directory, shard, f"it cannot be read as a tar of documents ({error})") from None
-    rows = [(*tokens[key], texts[key][1]) for key in tokens if key in texts]
-    found = len(rows), sum(row[1] for row in rows), sum(row[2] for row in rows)
-    if found != (shard.documents, shard.tokens, shard.text_bytes) or len(tokens) != len(texts):
-        raise _altered(directory, shard, "its documents, tokens or bytes are not those of the manifest")
-    return [texts[key][0] for key in tokens], rows
+    def _keep(self, number: int, content: NDArray[np.uint8] | None, index: NDArray[np.int64]) -> None:
+        self._open[number] = content, index
+        while len(self._open) > self._kept:
+            self._open.popitem(last=False)
 
-
-def _altered(directory: Path, shard: Shard, why: str) -> DataError:
-    return DataError(f"shard {shard.name} in {directory} was altered: {why}; copy it again or encode the corpus again")
+    def _path(self, shard: Shard) -> Path:
+        return self.source.path(shard.name, shard.file_bytes, shard.sha256)

@@ -65,7 +65,7 @@ def test_missing_and_truncated_shards_are_named_at_the_start(
     corpus: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     damage(corpus / "train-000003.tar")
-    with pytest.raises(DataError, match=rf"shard train-000003\.tar .*{reason}|shard train-000003\.tar {reason}"):
+    with pytest.raises(DataError, match=rf"shard file train-000003\.tar .*{reason}|shard file train-000003\.tar {reason}"):
         ShardReader(corpus)
 
 
@@ -76,25 +76,29 @@ def test_a_flipped_byte_is_named_before_a_token_is_used(corpus: Path) -> None:
     shard.write_bytes(content)
     reader = ShardReader(corpus)
     assert reader.tokens(0).tolist() == document_ids(0, 5)
-    with pytest.raises(DataError, match=r"shard train-000001\.tar .* was altered"):
+    with pytest.raises(DataError, match=r"shard file train-000001\.tar .* was altered"):
         reader.tokens(3)
     assert ShardReader(corpus, verify=False).tokens(3).tolist() != document_ids(3, 40)
 
 
-def test_a_flipped_byte_in_a_header_is_named(corpus: Path) -> None:
-    shard = corpus / "train-000001.tar"
-    content = bytearray(shard.read_bytes())
-    content[3] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"shard train-000001\.tar .* was altered"):
-        ShardReader(corpus)
+@pytest.mark.parametrize("place", [3, -8])
+def test_a_flipped_byte_in_an_index_is_named(corpus: Path, place: int) -> None:
+    index = corpus / "train-000001.idx"
+    content = bytearray(index.read_bytes())
+    content[place] ^= 1
+    index.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard file train-000001\.idx .* was altered"):
+        ShardReader(corpus).lengths(1)
+    index.write_bytes(bytes(len(content)))
+    with pytest.raises(DataError, match=r"the index train-000001\.idx of shard train-000001\.tar .* was altered"):
+        ShardReader(corpus, verify=False).lengths(1)
 
 
 def test_the_manifest_says_what_is_wrong_with_it(corpus: Path, tmp_path: Path) -> None:
     path = corpus / "manifest.json"
     fields = json.loads(path.read_text())
     for text, reason in {
-        json.dumps(fields | {"format_version": 99}): "has format 99, this version reads format 1",
+        json.dumps(fields | {"format_version": 99}): "has format 99, this version reads format 2",
         json.dumps({name: value for name, value in fields.items() if name != "dtype"}): "lacks a field",
         json.dumps(fields | {"surprise": 1}): "one too many",
         json.dumps(fields | {"dtype": ">u2"}): "says dtype '>u2'",
