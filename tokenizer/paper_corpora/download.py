@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from urllib.parse import urljoin
 from urllib.request import Request, urlopen
 
 from em_megatron.data.manifest import DataError
+from em_megatron.data.retry import PASSING_STATUSES, Fault, persistently, retry_after
 from tokenizer.paper_corpora.recipe import SourceFile
 
 ATTEMPTS = 6  # in a row without a byte more than before
@@ -25,42 +25,31 @@ FIRST_WAIT = 1.0  # seconds, doubled with every attempt
 LONGEST_WAIT = 300.0
 TIMEOUT = 60.0
 CHUNK = 1 << 20
-PASSING = frozenset({408, 416, 425, 429, 500, 502, 503, 504})  # answers after which the same request may succeed
 DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO})
 HEADERS = {"User-Agent": "em-megatron"}
 OTHERWISE = "check the network, give a mirror with --base-url, or the files themselves with --input"
 
 
-def persistently[Result](url: str, action: Callable[[], Result], progress: Callable[[], int] = int) -> Result:
-    """The result of an action on the network, tried again with growing waits while the faults are passing ones.
-
-    progress: a number that grows as the action comes further; attempts that come further than any before are free.
+def fetching[Result](url: str, action: Callable[[], Result], progress: Callable[[], int] = int) -> Result:
+    """The result of an action on the network, tried again while its faults are passing ones (see `persistently`).
 
     Raises:
         DataError: the server refuses, the disk does, or ATTEMPTS in a row came no further.
     """
-    failures, best = 0, progress()
-    while True:
+
+    def attempt() -> Result:
         try:
             return action()
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, HTTPError) and error.code not in PASSING:
+        except HTTPError as error:
+            if error.code not in PASSING_STATUSES:
                 raise DataError(f"{url} answers {error.code} {error.reason}; {OTHERWISE}") from None
+            raise Fault(error, retry_after(error.headers)) from error
+        except (OSError, http.client.HTTPException) as error:
             if not isinstance(error, URLError) and getattr(error, "errno", None) in DISK:
                 raise DataError(f"cannot store {url} ({error}); make room and run the command again") from None
-            failures = 1 if progress() > best else failures + 1
-            best = max(best, progress())
-            if failures >= ATTEMPTS:
-                reason = getattr(error, "reason", None) or error
-                raise DataError(f"could not fetch {url} in {failures} attempts ({reason}); {OTHERWISE}") from None
-            time.sleep(wait_before(failures, error))
+            raise Fault(getattr(error, "reason", None) or error) from error
 
-
-def wait_before(attempt: int, error: Exception) -> float:
-    """Seconds to wait after some failures in a row; the server's Retry-After where it gives one in seconds."""
-    asked = error.headers.get("Retry-After", "") if isinstance(error, HTTPError) and error.headers else ""
-    seconds = float(asked) if asked.isdigit() else FIRST_WAIT * 2 ** (attempt - 1)
-    return min(seconds, LONGEST_WAIT)
+    return persistently(url, attempt, OTHERWISE, progress, ATTEMPTS, FIRST_WAIT, LONGEST_WAIT)
 
 
 def get_json(url: str) -> tuple[Any, str | None]:
@@ -70,7 +59,7 @@ def get_json(url: str) -> tuple[Any, str | None]:
         with urlopen(Request(url, headers=HEADERS), timeout=TIMEOUT) as response:
             return response.read(), response.headers.get("Link", "")
 
-    content, link = persistently(url, fetch)
+    content, link = fetching(url, fetch)
     match = re.search(r'<([^>]+)>\s*;\s*rel="next"', link)
     try:
         return json.loads(content), urljoin(url, match[1]) if match else None
@@ -105,7 +94,7 @@ def download(source: SourceFile, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     for _ in range(2):  # the first may have gone on with the beginning of an older version
-        persistently(url, lambda: fetch_rest(url, partial, source.size), lambda: size_of(partial))
+        fetching(url, lambda: fetch_rest(url, partial, source.size), lambda: size_of(partial))
         if matches(partial, source):
             os.replace(partial, target)
             return target
