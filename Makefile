@@ -124,7 +124,7 @@ doctor: $(INSTALLED) ## say whether this environment is fit to train, and which 
 	@$(PY) launch/doctor.py
 
 benchmark: $(INSTALLED) ## measure speed against what one would pick instead; reports go to docs/results/benchmark
-	@for kind in memory attention layer step decode; do echo "[benchmark] $$kind"; $(PY) launch/benchmark.py $$kind || exit 1; done
+	@for kind in memory attention layer step decode data; do echo "[benchmark] $$kind"; $(PY) launch/benchmark.py $$kind || exit 1; done
 
 lint: $(INSTALLED) ## check style, format and types; shell scripts too where shellcheck is there
 	@echo "[lint] ruff check, ruff format --check, mypy, shellcheck"

@@ -104,9 +104,36 @@ class MemoryConfig:
 class DataConfig:
     """Token shards written by `python -m tokenizer.encode`."""
 
-    path: str = option(MISSING, "folder with manifest.json, tokenizer.model and shards")
+    path: str = option(
+        MISSING,
+        "folder with manifest.json, tokenizer and shards, or its address (http, https, s3, pipe:COMMAND with {} for the "
+        "file's name); several are blended as 'WEIGHT PATH WEIGHT PATH ...', weights in samples of all",
+    )
+    blend_changes: list[str] = option(
+        [],
+        "other weights on the way: 'SAMPLE WEIGHT WEIGHT ...' each, from this sample of the run on (step × batch size)",
+    )
     sequence_length: int = option(32768, "tokens per sample, T; a multiple of memory.block_length")
-    prefetch: int = option(4, "micro-batches prepared ahead by a background thread; 0: none")
+    shuffle_shards: int = option(
+        32, "shards whose documents are mixed with each other; a node reads from two such groups at a time"
+    )
+    workers: int = option(0, "processes per rank that make micro-batches; 0: a thread of the rank does")
+    prefetch: int = option(
+        4, "micro-batches made, and copied to the GPU on a stream of their own, ahead of use; 0 without workers: none"
+    )
+    verify_checksums: bool = option(
+        True, "compare the sha256 of a shard with the manifest's before it is used, once per machine; false: sizes only"
+    )
+    cache_path: str | None = option(
+        None,
+        "folder of fetched shards, and of what is known of local ones, on a disk of the node; null: the environment's "
+        "EM_DATA_CACHE, else ~/.cache/em_megatron/shards",
+    )
+    cache_gigabytes: float = option(
+        0.0, "of fetched shards kept in cache_path, those read longest ago go first; 0: as much as there is room for"
+    )
+    timeout_seconds: float = option(60.0, "without a byte of a fetched shard before it is asked for again")
+    attempts: int = option(10, "in a row that bring no byte more of a fetched shard before the run ends")
 
 
 @dataclass

@@ -58,6 +58,8 @@ AT_LEAST_ONE = [
     "checkpoint.save_interval",
     "checkpoint.keep_last",
     "checkpoint.retry_interval",
+    "data.shuffle_shards",
+    "data.attempts",
     "faults.skip_window",
     "faults.spike_window",
     "profiling.steps",
@@ -70,6 +72,8 @@ AT_LEAST_ZERO = [
     "memory.superchunk",
     "memory.top_k",
     "data.prefetch",
+    "data.workers",
+    "data.cache_gigabytes",
     "checkpoint.keep_every",
     "faults.skip_limit",
     "faults.spike_factor",
@@ -159,7 +163,13 @@ def _check_values(config: RunConfig) -> None:
         assert isinstance(value, float)
         if not 0 <= value < 1:
             raise ConfigError(f"{key} is {value}: it must be at least 0 and below 1")
-    for key in ("model.rotary_base", "model.layernorm_epsilon", "model.init_method_std", "optimizer.epsilon"):
+    for key in (
+        "data.timeout_seconds",
+        "model.rotary_base",
+        "model.layernorm_epsilon",
+        "model.init_method_std",
+        "optimizer.epsilon",
+    ):
         value = _value(config, key)
         assert isinstance(value, float)
         if not 0 < value < float("inf"):

@@ -3,10 +3,15 @@ NaN, and pools of ranks to share."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+os.environ["EM_DATA_CACHE"] = tempfile.mkdtemp(prefix="em-data-cache-")  # of these tests, not the user's
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ if not torch.cuda.is_available():
 
 from tests.multi_rank import Pools
 
+atexit.register(shutil.rmtree, os.environ["EM_DATA_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 torch.utils.deterministic.fill_uninitialized_memory = True  # takes effect where deterministic algorithms are asked for
 

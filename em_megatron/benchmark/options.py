@@ -156,12 +156,30 @@ class DecodeOptions(Options):
     peer_every: int = field(metadata=told(32, 32, "the peer writes a token in every so many turns", False))
 
 
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """The loader alone, from encoded shards to tensors, on one core.
+
+    The peer is Megatron-Core's GPTDataset on the same documents; a plain webdataset pipeline runs beside it. Then so many
+    samples go by while the memory of the process is read.
+    """
+
+    threads: int = field(metadata=told(1, 1, "CPU threads", False))
+    length: int = field(metadata=told(32768, 32768, "tokens of a sample, T"))
+    block: int = field(metadata=told(2048, 2048, "tokens per block, L"))
+    tokens: int = field(metadata=told(1 << 26, 1 << 26, "tokens of the corpus that is made"))
+    shards: int = field(metadata=told(8, 8, "its shards"))
+    group: int = field(metadata=told(4, 4, "shards whose documents are mixed, data.shuffle_shards"))
+    memory_samples: int = field(metadata=told(100_000, 100_000, "samples read for the memory"))
+
+
 SUBCOMMANDS: dict[str, type[Options]] = {
     "memory": MemoryOptions,
     "attention": AttentionOptions,
     "layer": LayerOptions,
     "step": StepOptions,
     "decode": DecodeOptions,
+    "data": DataOptions,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from em_megatron.benchmark import attention, decode, layer, memory_operator, step
+from em_megatron.benchmark import attention, data, decode, layer, memory_operator, step
 from em_megatron.benchmark.machine import ceiling_candidates, ceilings_of, describe, pick_device
 from em_megatron.benchmark.options import Options, at_default_shapes, resolve
 from em_megatron.benchmark.report import Report
@@ -40,6 +40,7 @@ BUILD: dict[str, Build] = {
     "layer": lambda options, device, stack, say: layer.LayerBenchmark(options, device, stack),
     "step": lambda options, device, stack, say: step.StepBenchmark(options, device, stack),
     "decode": decode.DecodeBenchmark,
+    "data": data.build,
 }
 TARGETS: dict[str, dict[str, list[Target]]] = {
     "memory": memory_operator.TARGETS,
@@ -47,6 +48,7 @@ TARGETS: dict[str, dict[str, list[Target]]] = {
     "layer": layer.TARGETS,
     "step": step.TARGETS,
     "decode": decode.TARGETS,
+    "data": data.TARGETS,
 }
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAMES = (TOKENIZER_NAME, "tokenizer.json")  # sentencepiece, Hugging Face
 DTYPES = ("<u2", "<u4")
 
 

@@ -14,12 +14,13 @@ so one pass over the documents packs in O(documents · log MAX_OPEN_BLOCKS).
 
 from array import array
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_OPEN_BLOCKS = 256
+PACKING_VERSION = 1  # of the placements: another one where the same documents would be placed otherwise
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class PackedIndex:
         """Share of the samples' tokens that are not padding, 0..1."""
         room = self.num_samples * self.sequence_length
         return float((self.stops - self.starts).sum()) / room if room else 0.0
+
+    def renumbered(self, numbers: NDArray[np.int64]) -> "PackedIndex":
+        """The same placements of documents numbers[0], numbers[1], ..."""
+        return replace(self, documents=numbers[self.documents])
 
     def pieces(self, sample: int) -> list[tuple[int, int, int, int]]:
         """(document, start, stop, position) of each piece of a sample."""

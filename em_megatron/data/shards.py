@@ -7,8 +7,11 @@ and fetched where they are not on this machine, when a document of it is asked f
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,9 @@ from em_megatron.data.sources import Source, open_source
 from em_megatron.data.writing import read_names
 
 SHARDS_KEPT = 256  # open at a time
+FETCHES = 4  # at once
+
+Opened = tuple[NDArray[np.uint8] | None, NDArray[np.int64]]  # content, where it was asked for, and index
 
 
 class ShardReader:
@@ -42,11 +48,26 @@ class ShardReader:
         self.first_documents = np.cumsum([0] + [shard.documents for shard in self.shards], dtype=np.int64)
         self._dtype = np.dtype(self.manifest.dtype)
         self._kept = shards_kept
-        self._open: OrderedDict[int, tuple[NDArray[np.uint8] | None, NDArray[np.int64]]] = OrderedDict()
-        self._lock = threading.RLock()
+        self._forget()
         for shard in self.shards:
             self.source.check(shard.name, shard.file_bytes)
             self.source.check(index_name(shard.name), index_bytes(shard.documents))
+
+    def _forget(self) -> None:
+        self._open: OrderedDict[int, Opened] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    @property
+    def identity(self) -> str:
+        """Of the corpus and the split."""
+        return f"{self.manifest.identity}/{self.split}"
 
     def __len__(self) -> int:
         return int(self.first_documents[-1])
@@ -87,32 +108,42 @@ class ShardReader:
         size = self._dtype.itemsize
         return content[offset + start * size : offset + stop * size].view(self._dtype)
 
-    def prepare(self, shard: int) -> None:
-        """Fetches and checks a shard and its index ahead of the first document of it that is asked for."""
-        self._content(shard)
+    def prepare(self, shards: Sequence[int]) -> None:
+        """Fetches and checks shards and their indexes, some at a time, ahead of the first document that is asked for."""
+        with ThreadPoolExecutor(FETCHES) as pool:
+            list(pool.map(self._content, shards))
 
     def _index(self, number: int) -> NDArray[np.int64]:
-        with self._lock:
-            if number not in self._open:
-                shard = self.shards[number]
-                path = self.source.path(index_name(shard.name), index_bytes(shard.documents), shard.index_sha256)
-                self._keep(number, None, open_index(path, shard))
-            self._open.move_to_end(number)
-            return self._open[number][1]
+        opened = self._recent(number)
+        if opened is not None:
+            return opened[1]
+        shard = self.shards[number]
+        path = self.source.path(index_name(shard.name), index_bytes(shard.documents), shard.index_sha256)
+        index = open_index(path, shard)
+        self._keep(number, (None, index))
+        return index
 
     def _content(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        with self._lock:
-            index = self._index(number)
-            content = self._open[number][0]
-            if content is None:
-                content = np.memmap(self._path(self.shards[number]), dtype=np.uint8, mode="r")
-                self._keep(number, content, index)
-            return content, index
+        opened = self._recent(number)
+        if opened is not None and opened[0] is not None:
+            return opened[0], opened[1]
+        index = self._index(number)
+        content = np.memmap(self._path(self.shards[number]), dtype=np.uint8, mode="r")
+        self._keep(number, (content, index))
+        return content, index
 
-    def _keep(self, number: int, content: NDArray[np.uint8] | None, index: NDArray[np.int64]) -> None:
-        self._open[number] = content, index
-        while len(self._open) > self._kept:
-            self._open.popitem(last=False)
+    def _recent(self, number: int) -> Opened | None:
+        with self._lock:
+            opened = self._open.get(number)
+            if opened is not None:
+                self._open.move_to_end(number)
+            return opened
+
+    def _keep(self, number: int, opened: Opened) -> None:
+        with self._lock:
+            self._open[number] = opened
+            while len(self._open) > self._kept:
+                self._open.popitem(last=False)
 
     def _path(self, shard: Shard) -> Path:
         return self.source.path(shard.name, shard.file_bytes, shard.sha256)

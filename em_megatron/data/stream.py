@@ -1,6 +1,7 @@
 """From documents to training batches, as a pure function of (seed, sample number).
 
-    documents of epoch e, permuted by (seed, e)  ->  pack  ->  samples, permuted by (seed, e)  ->  sample n
+    shards of epoch e, permuted by (seed, e), in groups of shuffle_shards
+    documents of a group, permuted by (seed, e)  ->  pack  ->  samples, permuted by (seed, e)  ->  sample n
     where memory is carried:    pack, rests following  ->  G slots of samples in packing order  ->  sample n
     sample n of the run  ->  microbatches of every data-parallel rank  ->  torch tensors
 
@@ -12,30 +13,31 @@ Nothing depends on workers, ranks or what was read before, so the whole state of
 and get the same samples.
 """
 
-import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from functools import cached_property
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from em_megatron.data.packing import PackedIndex, pack
-from em_megatron.data.shards import ShardReader
+from em_megatron.data.order import PADDING, permutation, slot_order
+from em_megatron.data.packing import PACKING_VERSION, PackedIndex, pack
+from em_megatron.data.sample_counts import SampleCounts
 
 Sample = dict[str, NDArray[Any]]
 Batch = dict[str, torch.Tensor]
 
-EPOCHS_KEPT = 2
-DOCUMENT_ORDER, SAMPLE_ORDER = 0, 1
-PADDING = -1  # in place of a sample's number: a sample without documents
+GROUPS_KEPT = 3  # the one that is read, the next, and the one before
+DOCUMENT_ORDER, SAMPLE_ORDER, SHARD_ORDER = 0, 1, 2
 
 
-class Epoch(NamedTuple):
-    """The packed samples of an epoch and the order they are visited in.
+class Group(NamedTuple):
+    """The packed samples of a group of shards and the order they are visited in.
 
     order: int64 [samples], or [rounds · slots] where memory is carried; PADDING for a slot with no sample left.
     """
@@ -44,33 +46,61 @@ class Epoch(NamedTuple):
     order: NDArray[np.int64]
 
 
+class Documents(Protocol):
+    """What a stream needs of a ShardReader; see there."""
+
+    @property
+    def first_documents(self) -> NDArray[np.int64]: ...
+    @property
+    def document_lengths(self) -> NDArray[np.int64]: ...
+    @property
+    def identity(self) -> str: ...
+    def lengths(self, shard: int) -> NDArray[np.int64]: ...
+    def tokens(self, document: int, start: int, stop: int) -> NDArray[np.integer]: ...
+    def prepare(self, shards: Sequence[int]) -> None: ...
+    def __len__(self) -> int: ...
+
+
+class Samples(Protocol):
+    """The samples of a run by their number."""
+
+    def sample(self, n: int) -> Sample: ...
+
+
 class TokenStream:
     """Samples of T = sequence_length tokens without end: epoch after epoch, each in its own order.
 
     reader: the documents. sequence_length, block_length: T and L in tokens, T a multiple of L. seed: of the order,
     at least 0. pad_id: fills the rest of a sample. shuffle: False keeps documents and samples in the corpus' order.
     slots: G, the global batch size in samples, where memory is carried from step to step; 0 where it is not.
+    shuffle_shards: shards in a group; documents are mixed within a group, so that no more than two groups need to be at
+    hand. A corpus of no more shards is one group, mixed whole. counts_folder: where the groups' sample counts are kept
+    between starts, None: nowhere.
 
-    With slots, samples are not permuted: of the M packed samples of an epoch, slot g reads g·M//G, ..., (g+1)·M//G - 1,
-    one a round. An epoch has ceil(M/G) rounds; a slot with no sample left gives one of padding, which counts as a
+    With slots, samples are not permuted: of the M packed samples of a group, slot g reads g·M//G, ..., (g+1)·M//G - 1,
+    one a round. A group has ceil(M/G) rounds; a slot with no sample left gives one of padding, which counts as a
     sample of the run, so sample n lies in slot n % G in every epoch.
-    Raises ValueError where T is not a multiple of L or the seed or the slots are negative.
+    Raises ValueError where T is not a multiple of L, the seed or the slots are negative, or a group has no shard.
     """
 
     def __init__(
         self,
-        reader: ShardReader,
+        reader: Documents,
         sequence_length: int,
         block_length: int,
         seed: int,
         pad_id: int,
         shuffle: bool = True,
         slots: int = 0,
+        shuffle_shards: int = 32,
+        counts_folder: Path | None = None,
     ) -> None:
         if seed < 0:
             raise ValueError(f"the data seed is {seed}; give one of at least 0")
         if slots < 0:
             raise ValueError(f"the stream has {slots} slots; give the global batch size, or 0 to carry no memory")
+        if shuffle_shards < 1:
+            raise ValueError(f"documents are mixed within {shuffle_shards} shards; give at least 1")
         self.reader = reader
         self.sequence_length = sequence_length
         self.block_length = block_length
@@ -78,56 +108,124 @@ class TokenStream:
         self.pad_id = pad_id
         self.shuffle = shuffle
         self.slots = slots
-        self._epochs: OrderedDict[int, Epoch] = OrderedDict()
-        self._first_samples = [0]  # of epoch 0, 1, ... as far as they were needed
-        self._lock = threading.RLock()
-        self.epoch(0)
+        self.shuffle_shards = shuffle_shards
+        self.groups_per_epoch = -(-(len(reader.first_documents) - 1) // shuffle_shards)
+        self._counts_folder = counts_folder
+        self._prepare()
+        self.group(0)
 
-    def epoch(self, number: int) -> Epoch:
-        """The samples of epoch `number`; the last few are kept."""
+    def _prepare(self) -> None:
+        """What another process makes for itself."""
+        self._groups: OrderedDict[int, Future[Group]] = OrderedDict()
+        self._counts = SampleCounts(self._counts_folder, self._key())
+        self._firsts = [0]  # first sample of groups 0, 1, ... as far as they were needed
+        self._lock = threading.Lock()
+        self._count_lock = threading.Lock()
+
+    def _key(self) -> list[Any]:
+        """Everything that the samples depend on."""
+        settings = [self.sequence_length, self.block_length, self.seed, self.shuffle, self.slots, self.shuffle_shards]
+        return [PACKING_VERSION, self.reader.identity, *settings]
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("_groups", "_counts", "_firsts", "_lock", "_count_lock")
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
+
+    def group(self, number: int) -> Group:
+        """The samples of a group, counted over the epochs; the last few are kept."""
         with self._lock:
-            if number not in self._epochs:
-                self._epochs[number] = self._make_epoch(number)
-            self._epochs.move_to_end(number)
-            found = self._epochs[number]
-            if len(self._epochs) > EPOCHS_KEPT:
-                self._epochs.popitem(last=False)
-            return found
+            made = self._groups.get(number)
+            if made is None:
+                mine = made = self._groups[number] = Future()
+                while len(self._groups) > GROUPS_KEPT:
+                    self._groups.popitem(last=False)
+            else:
+                mine = None
+                self._groups.move_to_end(number)
+        if mine is not None:
+            try:
+                mine.set_result(self._make_group(number))
+            except BaseException as error:
+                with self._lock:
+                    self._groups.pop(number, None)
+                mine.set_exception(error)
+        return made.result()
 
-    def _make_epoch(self, number: int) -> Epoch:
-        documents = self._order(len(self.reader), number, DOCUMENT_ORDER)
-        lengths = self.reader.document_lengths
-        packed = pack(lengths, documents, self.sequence_length, self.block_length, rest_follows=self.slots > 0)
+    def _make_group(self, number: int) -> Group:
+        epoch, place = divmod(number, self.groups_per_epoch)
+        shards = self._shards(epoch, place)
+        firsts = self.reader.first_documents
+        documents = np.concatenate([np.arange(firsts[shard], firsts[shard + 1]) for shard in shards])
+        lengths = np.concatenate([self.reader.lengths(shard) for shard in shards])
+        order = self._order(len(documents), epoch, DOCUMENT_ORDER, place)
+        packed = pack(lengths, order, self.sequence_length, self.block_length, rest_follows=self.slots > 0)
+        packed = packed.renumbered(documents)
         if self.slots:
-            return Epoch(packed, slot_order(packed.num_samples, self.slots))
-        return Epoch(packed, self._order(packed.num_samples, number, SAMPLE_ORDER))
+            return Group(packed, slot_order(packed.num_samples, self.slots))
+        return Group(packed, self._order(packed.num_samples, epoch, SAMPLE_ORDER, place))
 
-    def _order(self, count: int, epoch: int, purpose: int) -> NDArray[np.int64]:
+    def _shards(self, epoch: int, place: int) -> list[int]:
+        """The shards of the group at a place of an epoch."""
+        count = len(self.reader.first_documents) - 1
+        visited = self._order(count, epoch, SHARD_ORDER, 0) if self.groups_per_epoch > 1 else np.arange(count)
+        first = place * self.shuffle_shards
+        return sorted(visited[first : first + self.shuffle_shards].tolist())
+
+    def _order(self, count: int, epoch: int, purpose: int, place: int) -> NDArray[np.int64]:
         if not self.shuffle:
             return np.arange(count)
-        return permutation(count, self.seed, epoch, purpose)
+        return permutation(count, self.seed, epoch, purpose, *([place] if place else []))
 
     def num_samples(self, epoch: int = 0) -> int:
         """Packed samples of an epoch; it varies a little with the order the documents are packed in.
 
-        With slots, the padding samples of the last round are not counted here: the epoch takes ceil(M/G)·G samples of
-        the run, M as given here. Without slots it takes M.
+        With slots, the padding samples of a group's last round are not counted here: a group takes ceil(M/G)·G samples of
+        the run. Without slots it takes M.
         """
-        return self.epoch(epoch).packed.num_samples
+        first = epoch * self.groups_per_epoch
+        return sum(self.group(number).packed.num_samples for number in range(first, first + self.groups_per_epoch))
 
     def locate(self, n: int) -> tuple[int, int]:
-        """(epoch, number within its order) of sample n. Epochs before it are packed once to count their samples.
+        """(group, number within its order) of sample n. Groups before it are packed once to count their samples.
 
         With slots, the number is round · slots + slot.
         """
         if n < 0:
             raise ValueError(f"sample {n} does not exist; samples are numbered from 0")
-        firsts = self._first_samples
-        with self._lock:
-            while firsts[-1] <= n:
-                firsts.append(firsts[-1] + len(self.epoch(len(firsts) - 1).order))
-        epoch = int(np.searchsorted(firsts, n, side="right")) - 1
-        return epoch, n - firsts[epoch]
+        with self._count_lock:
+            return self._locate(n)
+
+    def _locate(self, n: int) -> tuple[int, int]:
+        firsts, counted = self._firsts, False
+        while firsts[-1] <= n:
+            number = len(firsts) - 1
+            if number == len(self._counts.counts):
+                self._counts.look_again()
+            if number == len(self._counts.counts):
+                self._counts.append(len(self.group(number).order))
+                counted = True
+            firsts.append(firsts[-1] + self._counts.counts[number])
+        if counted:
+            self._counts.save()
+        number = int(np.searchsorted(firsts, n, side="right")) - 1
+        return number, n - firsts[number]
+
+    def epochs(self, n: int) -> float:
+        """How often the corpus was read when samples 0 to n-1 were: whole epochs, and a fraction of the next."""
+        number, index = self.locate(n)
+        return (number + index / self._counts.counts[number]) / self.groups_per_epoch
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the tokens of the first group's samples that are not padding, 0..1."""
+        packed = self.group(0).packed
+        if not self.slots:
+            return packed.efficiency
+        return packed.efficiency * packed.num_samples / len(self.group(0).order)
 
     def sample(self, n: int) -> Sample:
         """Sample n of the run, a pure function of (corpus, T, L, seed, slots, n). Arrays of [T]:
@@ -138,16 +236,32 @@ class TokenStream:
         Arrays of [], all 0 without slots:
 
         history int64: tokens of the document at position 0 that this slot read in its samples just before, a multiple
-        of L; 0 where its memory starts empty, as in a slot's first sample of an epoch.
+        of L; 0 where its memory starts empty, as in a slot's first sample of a group.
         continues bool: whether the last document goes on in this slot's next sample, so that its state is carried.
         slot int64: n % slots.
         """
         number, index = self.locate(n)
-        epoch = self.epoch(number)
-        return self._build(epoch.packed, int(epoch.order[index]), *self._carried(epoch, index))
+        group = self.group(number)
+        if 2 * index >= len(group.order):
+            self._look_ahead(number + 1)
+        return self._build(group.packed, int(group.order[index]), *self._carried(group, index))
 
-    def _carried(self, epoch: Epoch, index: int) -> tuple[int, bool, int]:
-        """(history, continues, slot) of sample `index` of an epoch's order.
+    def _look_ahead(self, number: int) -> None:
+        """Makes a group, and its shards ready, in the background, so that reading does not stop where it begins."""
+        if self.groups_per_epoch == 1 or number in self._groups:
+            return
+
+        def make() -> None:
+            try:
+                self.group(number)
+                self.reader.prepare(self._shards(*divmod(number, self.groups_per_epoch)))
+            except Exception:  # raised again, in its turn, by the sample that needs it
+                return
+
+        threading.Thread(target=make, name="data-look-ahead", daemon=True).start()
+
+    def _carried(self, group: Group, index: int) -> tuple[int, bool, int]:
+        """(history, continues, slot) of sample `index` of a group's order.
 
         The pieces before one at position 0 fill the slot's samples back to the document's start, so the slot read all
         of the document before it, or else T tokens in each of its rounds.
@@ -155,8 +269,8 @@ class TokenStream:
         if not self.slots:
             return 0, False, 0
         number, slot = divmod(index, self.slots)
-        history = min(_tokens_before(epoch, index), number * self.sequence_length)
-        return history, _tokens_before(epoch, index + self.slots) > 0, slot
+        history = min(_tokens_before(group, index), number * self.sequence_length)
+        return history, _tokens_before(group, index + self.slots) > 0, slot
 
     def validation_samples(
         self, count: int = 0, data_parallel_rank: int = 0, data_parallel_size: int = 1
@@ -209,102 +323,53 @@ class TokenStream:
             "positions": np.zeros(T, dtype=np.int32),
         }
 
-    def batches(
-        self, consumed_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
-    ) -> Iterator[tuple[Batch, int]]:
-        """Endless (batch, consumed_samples after it) for one data-parallel rank; tensors as `collate` makes them.
 
-        Row k of microbatch i on rank r is sample
+def _tokens_before(group: Group, index: int) -> int:
+    """Tokens that the document at position 0 of sample `index` of the order has in earlier samples; 0 past its end."""
+    sample = int(group.order[index]) if index < len(group.order) else PADDING
+    return 0 if sample == PADDING else int(group.packed.starts[group.packed.offsets[sample]])
 
-            n = consumed_samples + i·micro_batch_size·data_parallel_size + r·micro_batch_size + k
 
-        so microbatch i uses one contiguous run of samples over all ranks, and an optimizer step of G samples uses
-        the same G samples for every data_parallel_size and micro_batch_size that divide it. To resume, pass the
-        number that came with the last batch that was used. With slots = G and steps of G samples, the samples of a slot
-        are read by the same rank, microbatch and row of successive steps.
-        Raises ValueError for a rank or size that cannot be.
-        """
+class RankBatches:
+    """The batches of one data-parallel rank, by their number; tensors as `collate` makes them.
+
+    Row k of micro-batch i of rank r of R is sample
+
+        n = consumed_samples + i·micro_batch_size·R + r·micro_batch_size + k
+
+    so micro-batch i uses one contiguous run of samples over all ranks, and an optimizer step of G samples uses the same G
+    samples for every data-parallel size and micro-batch size that divide it. With slots = G and steps of G samples, the
+    samples of a slot are read by the same rank, micro-batch and row of successive steps.
+    Raises ValueError for a rank or size that cannot be.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        consumed_samples: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
         if consumed_samples < 0 or micro_batch_size < 1 or not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(
                 f"cannot batch with consumed_samples {consumed_samples}, micro_batch_size {micro_batch_size}, "
                 f"data-parallel rank {data_parallel_rank} of {data_parallel_size}: give counts of at least 0, 1 and "
                 "a rank below the size"
             )
-        return self._batches(consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
+        self.samples, self.consumed_samples = samples, consumed_samples
+        self.micro_batch_size = micro_batch_size
+        self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
 
-    def _batches(self, consumed: int, size: int, rank: int, ranks: int) -> Iterator[tuple[Batch, int]]:
-        while True:
-            first = consumed + rank * size
-            consumed += size * ranks
-            yield collate([self.sample(n) for n in range(first, first + size)]), consumed
+    def __getitem__(self, index: int) -> Batch:
+        first = self.consumed_after(index - 1) + self.data_parallel_rank * self.micro_batch_size
+        return collate([self.samples.sample(n) for n in range(first, first + self.micro_batch_size)])
 
-
-def permutation(count: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of range(count) that is a function of the key alone.
-
-    numpy promises equal streams over its versions for bit generators but not for Generator.permutation, and a run
-    may be resumed under a newer numpy: so raw 64-bit words are sorted.
-    """
-    words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
-    return np.argsort(words, kind="stable")
-
-
-def slot_order(samples: int, slots: int) -> NDArray[np.int64]:
-    """The numbers of M samples in the order G slots read them, round after round: int64 [ceil(M/G) · G].
-
-    Slot g has samples g·M//G, ..., (g+1)·M//G - 1, in this order, and PADDING where it has none left.
-    """
-    edges = np.arange(slots + 1, dtype=np.int64) * samples // slots
-    numbers = edges[:-1] + np.arange(-(-samples // slots), dtype=np.int64)[:, None]
-    return np.where(numbers < edges[1:], numbers, PADDING).ravel()
-
-
-def _tokens_before(epoch: Epoch, index: int) -> int:
-    """Tokens that the document at position 0 of sample `index` of the order has in earlier samples; 0 past its end."""
-    sample = int(epoch.order[index]) if index < len(epoch.order) else PADDING
-    return 0 if sample == PADDING else int(epoch.packed.starts[epoch.packed.offsets[sample]])
+    def consumed_after(self, index: int) -> int:
+        """The run's consumed samples when micro-batch `index` of every rank is used: what a resumed run begins with."""
+        return self.consumed_samples + (index + 1) * self.micro_batch_size * self.data_parallel_size
 
 
 def collate(samples: list[Sample]) -> Batch:
     """Stacks arrays of [T] to tensors of [len(samples), T] and those of [] to [len(samples)]."""
     return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
-
-
-def prefetch[Item](items: Iterator[Item], depth: int) -> Generator[Item]:
-    """The same items in the same order, with up to `depth` of them made ahead by one background thread.
-
-    An exception of the source is raised here in its turn. The thread ends when the returned iterator is closed.
-    """
-    if depth < 1:
-        raise ValueError(f"prefetch depth is {depth}; give at least 1")
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
-    closed = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> None:
-        while not closed.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put((True, item))
-                if closed.is_set():
-                    return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))
-
-    thread = threading.Thread(target=produce, name="data-prefetch", daemon=True)
-    thread.start()
-    try:
-        while (entry := ready.get())[0]:
-            yield entry[1]
-        if entry[1] is not None:
-            raise entry[1]
-    finally:
-        closed.set()
-        thread.join()

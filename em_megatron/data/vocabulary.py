@@ -1,124 +1,150 @@
-"""Text to token ids and back, without losing a byte.
+"""Text to token ids and back: sentencepiece models and Hugging Face tokenizers as a corpus and a run need them.
 
-A thin layer over a sentencepiece model that adds three things a language-model corpus needs: a round trip that is
-exact for every UTF-8 text, the number of text bytes behind each id (bits per byte), and decoding to bytes, so that
-a character spread over several ids can be printed as it arrives.
+A thin layer that adds four things: the number of text bytes behind each id (bits per byte), decoding to bytes, so that
+a character spread over several ids can be printed as it arrives, ids of documents of any length in bounded memory, and
+one file that says all of it, to lie in a corpus or run folder.
 """
 
 import hashlib
+import logging
+import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import sentencepiece
+from numpy.typing import NDArray
 
-from em_megatron.data.manifest import DataError
+from em_megatron.data.manifest import TOKENIZER_NAMES, DataError
+from em_megatron.data.vocabulary_cuts import NextCut
+from em_megatron.data.vocabulary_hugging_face import HuggingFaceTokenizer
+from em_megatron.data.vocabulary_sentencepiece import SentencePieceTokenizer
+from em_megatron.data.vocabulary_special_tokens import SpecialIds, check_no_code
 
-SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character, so a real one has to go in as bytes
 CHUNK_CHARS = 1 << 16
-PROBE = f"  two  \n\n\tline{SPACE_MARK} \u00e9\u200d\U0001f642\x00 9876 \r\n"
+
+log = logging.getLogger(__name__)
+
+
+class Tokenizer(Protocol):
+    """What a kind of tokenizer does for `Vocabulary`.
+
+    pieces: the UTF-8 bytes of each id. why_lossy: why texts may not come back exactly, "" where all do.
+    next_cut: where a text may be cut (vocabulary_cuts.py).
+    """
+
+    serialized: bytes
+    special: SpecialIds
+    pieces: list[bytes]
+    why_lossy: str
+    next_cut: NextCut
+
+    @property
+    def file_name(self) -> str: ...
+
+    def encode(self, text: str, begins: bool) -> list[int]: ...
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The tokenizer of a corpus, run or Hugging Face folder: its tokenizer.model, else its tokenizer.json.
+
+    Raises DataError where there is neither.
+    """
+    for name in TOKENIZER_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    check_no_code(folder)
+    raise DataError(
+        f"cannot read the tokenizer of {folder}: it holds no {' or '.join(TOKENIZER_NAMES)}; run tokenizer.train, or copy one "
+        "there"
+    )
 
 
 class Vocabulary:
-    """A tokenizer model.
+    """A tokenizer: a sentencepiece model, a tokenizer.json, or a folder that holds one of them.
 
-    size: number of ids. pad_id, unk_id, bos_id, eos_id. sha256: of the model file. token_bytes: int32 [size], the
-    UTF-8 bytes of text each id stands for (0 for special ids, 1 for a byte piece), so that
-    token_bytes[encode(text)].sum() == len(text.encode()).
+    size: number of ids. pad_id, unk_id (-1 for none), bos_id, eos_id; bos and pad are eos where there is none.
+    lossless: whether every text comes back exactly; then token_bytes[encode(text)].sum() == len(text.encode()).
+    token_bytes: int32 [size], the UTF-8 bytes of text each id stands for (0 for special ids, 1 for a single byte).
+    file_name, serialized: name and bytes of the one file to keep in a corpus or run folder. sha256: of these bytes.
 
-    Raises DataError if the file is missing, is no sentencepiece model, or does not give every text back exactly.
+    Raises DataError if there is no such file, or a tokenizer that cannot be used; warns of one that is not lossless.
     """
 
-    def __init__(self, model_path: str | Path) -> None:
-        self.path = Path(model_path)
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        self.path = find_tokenizer(path) if path.is_dir() else path
         try:
             serialized = self.path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read the tokenizer {self.path}: {error.strerror}; run tokenizer.train") from None
-        self._load(serialized)
+        self._load(serialized, self.path.parent)
 
     @classmethod
     def from_bytes(cls, serialized: bytes, name: str = "in memory") -> "Vocabulary":
-        """A vocabulary from the bytes of a model file; `name` stands in messages."""
+        """A vocabulary from the bytes of one file that says all; `name` stands in messages."""
         vocabulary = cls.__new__(cls)
         vocabulary.path = Path(name)
-        vocabulary._load(serialized)
+        vocabulary._load(serialized, None)
         return vocabulary
 
-    def _load(self, serialized: bytes) -> None:
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
-        except RuntimeError:
-            raise DataError(f"{self.path} is not a sentencepiece model") from None
-        self.sha256 = hashlib.sha256(serialized).hexdigest()
-        self.size: int = self._processor.vocab_size()
-        self.pad_id: int = self._processor.pad_id()
-        self.unk_id: int = self._processor.unk_id()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        self._pieces = [self._bytes_of(token) for token in range(self.size)]
-        self._space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self.token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
-        self._check()
+    def _load(self, serialized: bytes, folder: Path | None) -> None:
+        tokenizer: Tokenizer
+        if serialized.lstrip()[:1] == b"{":
+            tokenizer = HuggingFaceTokenizer(serialized, self.path, folder)
+        else:
+            tokenizer = SentencePieceTokenizer(serialized, self.path)
+        self.tokenizer = tokenizer
+        self.file_name, self.serialized = tokenizer.file_name, tokenizer.serialized
+        self.sha256 = hashlib.sha256(tokenizer.serialized).hexdigest()
+        self.size = len(tokenizer.pieces)
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id = tokenizer.special
+        self.token_bytes = np.array([len(piece) for piece in tokenizer.pieces], dtype=np.int32)
+        self.lossless = not tokenizer.why_lossy
+        if not self.lossless and multiprocessing.parent_process() is None:  # not again from each worker
+            log.warning("%s is not lossless (%s): bits per byte are approximate", self.path, tokenizer.why_lossy)
 
-    def _bytes_of(self, token: int) -> bytes:
-        processor = self._processor
-        if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
-            return b""
-        piece: str = processor.id_to_piece(token)
-        if processor.is_byte(token):
-            return bytes([int(piece[1:-1], 16)])
-        return piece.replace(SPACE_MARK, " ").encode()
-
-    def _check(self) -> None:
-        if min(self.pad_id, self.bos_id, self.eos_id) < 0:
-            raise DataError(f"{self.path} has no pad, bos or eos id; make one with tokenizer.train")
-        if self.unk_id in self._space_mark or self.decode(self.encode(PROBE)) != PROBE:
-            raise DataError(
-                f"{self.path} does not give every text back exactly (it needs byte fallback, identity normalisation "
-                "and no dummy prefix); make one with tokenizer.train"
-            )
+    @property
+    def _processor(self) -> Any:
+        """sentencepiece's own object, for the export. Raises DataError for a Hugging Face tokenizer."""
+        if not isinstance(self.tokenizer, SentencePieceTokenizer):
+            raise DataError(f"{self.path} is no sentencepiece model")
+        return self.tokenizer.processor
 
     def __len__(self) -> int:
         return self.size
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos and eos. Raises DataError for a lone surrogate, which UTF-8 cannot hold."""
-        _refuse_surrogates(text)
-        ids: list[int] = []
-        for chunk in _line_chunks(text):
-            for index, part in enumerate(chunk.split(SPACE_MARK)):
-                if index:
-                    ids.extend(self._space_mark)
-                ids.extend(self._processor.encode(part, out_type=int))
-        return ids
+        return [token for part in self._parts(text) for token in part]
+
+    def encode_array(self, text: str, dtype: str = "<u4") -> NDArray[Any]:
+        """The same ids as an array [tokens], for long texts: a list of Python numbers is eight times as large."""
+        parts = [np.array(part, dtype) for part in self._parts(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _parts(self, text: str) -> Iterator[list[int]]:
+        """Ids of about CHUNK_CHARS characters at a time, cut where no id changes."""
+        start = 0
+        while len(text) - start > CHUNK_CHARS:
+            cut = self.tokenizer.next_cut(text, start + CHUNK_CHARS)
+            if cut < 0:
+                break
+            yield self._ids(text[start:cut], start == 0)
+            start = cut
+        yield self._ids(text[start:], start == 0)
+
+    def _ids(self, part: str, begins: bool) -> list[int]:
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text holds {part[error.start]!a}, which UTF-8 cannot hold; remove it") from None
+        return self.tokenizer.encode(part, begins)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 bytes of some ids; special ids give none. The bytes of two calls join to those of one."""
-        return b"".join(self._pieces[token] for token in ids)
+        return b"".join(self.tokenizer.pieces[token] for token in ids)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """The text of some ids; a character cut in half becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"the text holds {text[error.start]!a}, which UTF-8 cannot hold; remove it") from None
-
-
-def _line_chunks(text: str) -> Iterator[str]:
-    """Cuts after a newline about every 64 k characters: sentencepiece's memory grows with the length of one call.
-
-    A newline is a piece of its own, so no piece spans a cut and the ids are those of the whole text.
-    """
-    start = 0
-    while len(text) - start > CHUNK_CHARS:
-        newline = text.find("\n", start + CHUNK_CHARS)
-        if newline < 0:
-            break
-        yield text[start : newline + 1]
-        start = newline + 1
-    yield text[start:]

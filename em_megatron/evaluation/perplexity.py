@@ -6,7 +6,7 @@ A document longer than a sample is cut, and the memory of each piece starts empt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,18 @@ def summarise(sums: Tensor, bin_width: int) -> dict[str, Any]:
         "bytes": int(text_bytes),
         "positions": positions,
     }
+
+
+def combined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of several corpora's tokens together, from the summary of each (`summarise`)."""
+    bins = sorted({(row["start"], row["stop"]) for part in parts for row in part["positions"]})
+    width = bins[0][1] - bins[0][0]
+    sums = torch.zeros(3, bins[-1][1] // width, dtype=torch.float64)
+    for part in parts:
+        for row in part["positions"]:
+            sums[:2, row["start"] // width] += torch.tensor([row["loss"] * row["tokens"], row["tokens"]])
+        sums[2, 0] += part["bytes"]
+    return summarise(sums, width)
 
 
 def evaluate(

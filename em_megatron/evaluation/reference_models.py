@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from em_megatron.data.manifest import TOKENIZER_NAME, DataError, Manifest
+from em_megatron.data.manifest import DataError, Manifest
 from em_megatron.data.shards import ShardReader
-from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.data.vocabulary import Vocabulary, find_tokenizer
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -40,7 +40,7 @@ def reference_bits_per_byte(corpus_path: Path) -> dict[str, float]:
         DataError: the corpus is missing, damaged, or has no held-out text.
     """
     manifest = Manifest.load(corpus_path)
-    vocabulary = Vocabulary(Path(corpus_path) / TOKENIZER_NAME)
+    vocabulary = Vocabulary(find_tokenizer(Path(corpus_path)))
     manifest.check_tokenizer(vocabulary)
     train, held_out = ShardReader(corpus_path, "train"), ShardReader(corpus_path, "validation")
     return {

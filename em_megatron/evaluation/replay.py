@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from em_megatron.config import ConfigError, load_config
-from em_megatron.data.manifest import TOKENIZER_NAME, DataError
+from em_megatron.data.manifest import DataError
 from em_megatron.data.stream import Sample, collate
+from em_megatron.training.corpus import Corpus
 from em_megatron.training.loop import SKIPPED
 from em_megatron.training.microbatch import MicroBatch
 from em_megatron.training.restore import Restored
-from em_megatron.training.setup import Corpus
 from em_megatron.training.step import run_schedule, token_loss_step
 
 
@@ -46,13 +45,13 @@ def replay(run: Restored, samples: list[int], characters: int) -> Iterator[str]:
     """
     saved = load_config(run.checkpoint / "config.yaml")
     saved.data.path = run.config.data.path
-    corpus = Corpus.open(Path(saved.data.path).expanduser())
-    identity = json.loads((run.checkpoint / "train_state.json").read_text()).get("data_identity")
-    if identity:
-        corpus.manifest.check_identity(identity)
+    corpus = Corpus.open(saved.data)
+    state = json.loads((run.checkpoint / "train_state.json").read_text())
+    if state.get("data_identity"):
+        corpus.check_identity(state["data_identity"], state["consumed_samples"])
     elif corpus.vocabulary.sha256 != run.vocabulary.sha256:
-        raise DataError(f"{saved.data.path} has another {TOKENIZER_NAME} than the run: give data.path=FOLDER")
-    stream = corpus.stream(saved, "train")
+        raise DataError(f"{saved.data.path} has another tokenizer than the run: give data.path=FOLDER")
+    stream = corpus.training_stream(saved)
     yield f"under {run.checkpoint.name}:"
     for number in samples:
         sample = stream.sample(number)

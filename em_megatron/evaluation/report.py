@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from em_megatron.config import ConfigError
+from em_megatron.data.blend import parse_blend
+from em_megatron.data.sources import FolderSource, open_source
 from em_megatron.evaluation import pictures, tables
 from em_megatron.evaluation.options import PARTS
 from em_megatron.evaluation.reference_models import reference_bits_per_byte
@@ -40,6 +42,7 @@ def evaluate_subject(
         ConfigError, DataError: a part that cannot be done.
     """
     folder = output or default_folder(subject)
+    corpus = _folder(subject) if references else None
     skipped: dict[str, str] = {}
     everything = list(parts) == ["all"]
     if everything:
@@ -56,11 +59,20 @@ def evaluate_subject(
     found = suite.run(parts)
     if not writes:
         return ""
-    if references:
-        found.setdefault("perplexity", {})["references"] = reference_bits_per_byte(
-            Path(subject.config.data.path).expanduser()
-        )
+    if corpus is not None:
+        found.setdefault("perplexity", {})["references"] = reference_bits_per_byte(corpus)
     return write_report(subject, found, skipped, folder)
+
+
+def _folder(subject: Subject) -> Path:
+    """Of the subject's corpus. Raises ConfigError where it is a blend, or lies at an address."""
+    entries = parse_blend(subject.config.data.path)
+    source = open_source(entries[0].location)
+    if len(entries) > 1 or not isinstance(source, FolderSource):
+        raise ConfigError(
+            "reference models are made of one corpus in a folder: give data.path=FOLDER, or leave them out"
+        )
+    return source.folder
 
 
 def default_folder(subject: Subject) -> Path:

@@ -26,8 +26,8 @@ from em_megatron.evaluation.scoring import text_losses
 from em_megatron.evaluation.sweep import reader_keys
 from em_megatron.hf.export import RECIPE_NAME
 from em_megatron.hf.generation import READER_KEYS, TransformersText, is_exported
+from em_megatron.training.corpus import Corpus
 from em_megatron.training.restore import ALONE, Restored, restore
-from em_megatron.training.setup import Corpus
 from em_megatron.validate import check_same_weights, validate
 
 Floats = NDArray[np.float64]
@@ -92,9 +92,9 @@ def held_out(subject: Subject) -> TokenStream:
     Raises:
         DataError: the shards cannot be used, or were made by another tokenizer.
     """
-    corpus = Corpus.open(Path(subject.config.data.path).expanduser())
-    corpus.manifest.check_tokenizer(subject.vocabulary)
-    return corpus.stream(subject.config, "validation")
+    corpus = Corpus.open(subject.config.data)
+    corpus.members[0].manifest.check_tokenizer(subject.vocabulary)
+    return corpus.validation_stream(subject.config)
 
 
 class MegatronSubject:

@@ -21,8 +21,7 @@ from torch import Tensor
 from em_megatron.checkpoint.contents import StoredTensor, stored_tensors
 from em_megatron.checkpoint.folder import CheckpointError, damage, find_checkpoint
 from em_megatron.config import ConfigError, RunConfig
-from em_megatron.data.manifest import TOKENIZER_NAME
-from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.data.vocabulary import Vocabulary, find_tokenizer
 from em_megatron.hf.config_mapping import MEMORY, hugging_face_config
 from em_megatron.hf.generation import READER_KEYS
 from em_megatron.hf.weight_mapping import ConversionError, Row, check_complete, table, to_hugging_face
@@ -81,7 +80,7 @@ def open_checkpoint(path: Path, overrides: Sequence[str], dtype: str = "stored")
             f"{checkpoint} has layers M or G (model.layer_pattern '{config.model.layer_pattern}'), which the exported class "
             "does not have"
         )
-    vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_NAME)
+    vocabulary = Vocabulary(find_tokenizer(checkpoint.parent.parent))
     vocab_size = padded_vocab_size(vocabulary.size, config.model.make_vocab_size_divisible_by)
     rows = table(config.model, vocab_size, config.memory)
     weights = {key: found for key, found in stored_tensors(checkpoint).items() if not key.startswith(_NOT_WEIGHTS)}
@@ -225,8 +224,8 @@ def write_configuration(source: Source, folder: Path) -> None:
 
 
 def write_tokenizer(source: Source, folder: Path) -> None:
-    """The fast tokenizer of the same ids, and the sentencepiece model it was made from."""
+    """The fast tokenizer of the same ids, and the run's own file, which is part of it or what it was made from."""
     from em_megatron.hf.fast_tokenizer import fast_tokenizer
 
     fast_tokenizer(source.vocabulary).save_pretrained(folder)
-    shutil.copyfile(source.run_dir / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    (folder / source.vocabulary.file_name).write_bytes(source.vocabulary.serialized)

@@ -1,20 +1,31 @@
 """The tokenizer as a Hugging Face fast tokenizer that gives the ids of Vocabulary.encode.
 
-Pieces are named with real spaces instead of sentencepiece's U+2581, so that no space is ever rewritten and a real
+One that was made by Hugging Face is taken as it is. In one of sentencepiece pieces are named with real spaces instead of sentencepiece's U+2581, so that no space is ever rewritten and a real
 U+2581 falls back to its bytes. Special pieces and byte pieces keep their names, "<s>" and "<0x0A>".
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from em_megatron.data.manifest import DataError
-from em_megatron.data.vocabulary import SPACE_MARK, Vocabulary
+from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.data.vocabulary_cuts import SPACE_MARK
+from em_megatron.data.vocabulary_hugging_face import HuggingFaceTokenizer
+from em_megatron.data.vocabulary_sentencepiece import (
+    ADD_DUMMY_PREFIX,
+    CHARSMAP,
+    REMOVE_EXTRA_WHITESPACES,
+    SentencePieceTokenizer,
+    message_fields,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.decoders import Decoder
+    from tokenizers.normalizers import Normalizer
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -67,36 +78,27 @@ class _Piece:
 def fast_tokenizer(vocabulary: Vocabulary) -> "PreTrainedTokenizerFast":
     """The same tokenizer for transformers; it puts bos in front of a text, and no text gives a special id.
 
-    A bpe model gives the ids of `vocabulary` for every text. So does a unigram model whose scores are multiples of
-    1/128: sums of those are exact in sentencepiece's float32. With other scores it rounds, and may prefer another
-    segmentation that scores the same or less by its rounding; check_same_ids notices.
+    One of Hugging Face gives the ids of `vocabulary` for every text that does not spell a special token. Of those of
+    sentencepiece that are lossless, a bpe model gives the ids of `vocabulary` for every text. So does a unigram model
+    whose scores are multiples of 1/128: sums of those are exact in sentencepiece's float32. With other scores it rounds,
+    and may prefer another segmentation that scores the same or less by its rounding; check_same_ids notices. One that
+    is not lossless may give other ids for odd texts.
 
-    Raises DataError for a model that is neither, or with a piece that cannot be exported.
+    Raises DataError for a model of another kind, or with a piece that cannot be exported.
     """
-    from tokenizers import AddedToken, processors
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    pieces = _pieces(vocabulary)
-    kind = _model_type(vocabulary._processor.serialized_model_proto())
-    if kind not in ("unigram", "bpe"):
-        raise DataError(f"{vocabulary.path} is a {kind} model; only unigram and bpe models can be exported")
-    backend = (_unigram if kind == "unigram" else _bpe)(pieces, vocabulary.unk_id)
-    special = [
-        AddedToken(piece.name, normalized=False, special=True)
-        for token, piece in enumerate(pieces)
-        if not piece.in_text and not vocabulary._processor.is_byte(token)
-    ]
-    backend.add_special_tokens(special)
-    bos = pieces[vocabulary.bos_id].name
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocabulary.bos_id)]
-    )
+    if isinstance(vocabulary.tokenizer, HuggingFaceTokenizer):
+        backend = Tokenizer.from_str(vocabulary.serialized.decode())
+    else:
+        backend = _of_sentencepiece(vocabulary)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=bos,
-        eos_token=pieces[vocabulary.eos_id].name,
-        pad_token=pieces[vocabulary.pad_id].name,
-        unk_token=pieces[vocabulary.unk_id].name,
+        bos_token=backend.id_to_token(vocabulary.bos_id),
+        eos_token=backend.id_to_token(vocabulary.eos_id),
+        pad_token=backend.id_to_token(vocabulary.pad_id),
+        unk_token=backend.id_to_token(vocabulary.unk_id) if vocabulary.unk_id >= 0 else None,
         split_special_tokens=True,
         padding_side="left",  # places count real tokens, and generation goes on at the right
         clean_up_tokenization_spaces=False,
@@ -104,9 +106,70 @@ def fast_tokenizer(vocabulary: Vocabulary) -> "PreTrainedTokenizerFast":
     )
 
 
+def _of_sentencepiece(vocabulary: Vocabulary) -> "Tokenizer":
+    from tokenizers import AddedToken, decoders, normalizers, processors
+
+    pieces = _pieces(vocabulary)
+    if _sentencepiece(vocabulary).suffix:
+        raise DataError(
+            f"{vocabulary.path} puts spaces at the end of words (treat_whitespace_as_suffix) and cannot be exported"
+        )
+    kind = _model_type(_sentencepiece(vocabulary).processor.serialized_model_proto())
+    if kind not in ("unigram", "bpe"):
+        raise DataError(f"{vocabulary.path} is a {kind} model; only unigram and bpe models can be exported")
+    backend = (_unigram if kind == "unigram" else _bpe)(pieces, vocabulary.unk_id)
+    if rewriting := _normalizers(vocabulary):
+        kept = [backend.normalizer] if backend.normalizer is not None else []
+        backend.normalizer = normalizers.Sequence([*rewriting, *kept])
+        backend.decoder = decoders.Sequence([backend.decoder, *_prefix_decoders(vocabulary)])
+    special = [
+        AddedToken(piece.name, normalized=False, special=True)
+        for token, piece in enumerate(pieces)
+        if not piece.in_text and not _sentencepiece(vocabulary).processor.is_byte(token)
+    ]
+    backend.add_special_tokens(special)
+    bos = pieces[vocabulary.bos_id].name
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocabulary.bos_id)]
+    )
+    return backend
+
+
+def _normalizers(vocabulary: Vocabulary) -> "list[Normalizer]":
+    """What sentencepiece does to a text before it looks for pieces; nothing for a lossless model."""
+    from tokenizers import Regex, normalizers
+
+    if vocabulary.lossless:
+        return []
+    spec = _sentencepiece(vocabulary).normalizer
+    charsmap: Any = spec.get(CHARSMAP)
+    found: list[Normalizer] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if spec.get(REMOVE_EXTRA_WHITESPACES, 1):
+        found += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    found.append(normalizers.Replace(SPACE_MARK, " "))
+    return [*found, normalizers.Prepend(" ")] if spec.get(ADD_DUMMY_PREFIX, 1) else found
+
+
+def _prefix_decoders(vocabulary: Vocabulary) -> "list[Decoder]":
+    from tokenizers import decoders
+
+    prefixed = _sentencepiece(vocabulary).normalizer.get(ADD_DUMMY_PREFIX, 1)
+    return [decoders.Fuse(), decoders.Strip(" ", 1, 0)] if prefixed else []
+
+
+def _sentencepiece(vocabulary: Vocabulary) -> SentencePieceTokenizer:
+    if not isinstance(vocabulary.tokenizer, SentencePieceTokenizer):
+        raise DataError(f"{vocabulary.path} is no sentencepiece model")
+    return vocabulary.tokenizer
+
+
 def gives_the_same_ids(vocabulary: Vocabulary) -> bool:
     """Whether fast_tokenizer gives the ids of `vocabulary` for every text, by the argument there."""
-    processor = vocabulary._processor
+    if isinstance(vocabulary.tokenizer, HuggingFaceTokenizer):
+        return not vocabulary.tokenizer.spelled
+    if not vocabulary.lossless:
+        return False
+    processor = _sentencepiece(vocabulary).processor
     if _model_type(processor.serialized_model_proto()) == "bpe":
         return True
     return all((128 * processor.get_score(token)).is_integer() for token in range(vocabulary.size))
@@ -117,7 +180,8 @@ def check_same_ids(vocabulary: Vocabulary, tokenizer: "PreTrainedTokenizerFast",
 
     Positions count ids; bos is at 0.
     """
-    special = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+    special = (tokenizer.pad_token_id, unknown, tokenizer.bos_token_id, tokenizer.eos_token_id)
     found = (len(tokenizer), *special)
     expected = (vocabulary.size, vocabulary.pad_id, vocabulary.unk_id, vocabulary.bos_id, vocabulary.eos_id)
     if found != expected:
@@ -139,9 +203,12 @@ def differing_texts(vocabulary: Vocabulary, tokenizer: "PreTrainedTokenizerFast"
 
 
 def _both(vocabulary: Vocabulary, tokenizer: "PreTrainedTokenizerFast", text: str) -> tuple[list[int], list[int]]:
-    """Ids of the exported tokenizer, which must give the text back, and of ours."""
+    """Ids of the exported tokenizer, which must give the text back where ours does, and of ours."""
     theirs: list[int] = tokenizer.encode(text)
-    if tokenizer.decode(theirs, skip_special_tokens=True, clean_up_tokenization_spaces=False) != text:
+    if (
+        vocabulary.lossless
+        and tokenizer.decode(theirs, skip_special_tokens=True, clean_up_tokenization_spaces=False) != text
+    ):
         raise DataError(f"the exported tokenizer does not give back {_short(text)}")
     return theirs, [vocabulary.bos_id, *vocabulary.encode(text)]
 
@@ -152,7 +219,7 @@ def _short(text: str) -> str:
 
 def _pieces(vocabulary: Vocabulary) -> list[_Piece]:
     """Raises DataError for a piece without a counterpart, or that would be matched or decoded as something else."""
-    processor = vocabulary._processor
+    processor = _sentencepiece(vocabulary).processor
     pieces = []
     for token in range(vocabulary.size):
         name: str = processor.id_to_piece(token)
@@ -205,7 +272,7 @@ def _bpe(pieces: list[_Piece], unk_id: int) -> "Tokenizer":
     ranked = sorted(scores, key=lambda name: -scores[name])
     merges = [pair for name in ranked if (pair := _last_merge(name, scores))]
     names = {piece.name: token for token, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(names, merges, unk_token=pieces[unk_id].name, byte_fallback=True))
+    tokenizer = Tokenizer(models.BPE(names, merges, unk_token=pieces[unk_id].name, fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_isolate("\n", pieces))
     tokenizer.decoder = decoders.ByteFallback()
     return tokenizer
@@ -230,28 +297,6 @@ def _last_merge(name: str, scores: dict[str, float]) -> tuple[str, str] | None:
 
 def _model_type(serialized: bytes) -> str:
     """Field 3 of trainer_spec, field 2 of the message, read without the package protobuf; unigram if left out."""
-    specs = (value for field, value in _fields(serialized) if field == 2 and isinstance(value, bytes))
-    kinds = [value for spec in specs for field, value in _fields(spec) if field == 3 and isinstance(value, int)]
+    specs = (value for field, value in message_fields(serialized) if field == 2 and isinstance(value, bytes))
+    kinds = [value for spec in specs for field, value in message_fields(spec) if field == 3 and isinstance(value, int)]
     return MODEL_TYPES.get(kinds[-1], "strange") if kinds else "unigram"
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Field numbers and undecoded values of a protobuf message."""
-    data = iter(message)
-
-    def varint() -> int:
-        value = shift = 0
-        for byte in data:
-            value |= (byte & 127) << shift
-            if byte < 128:
-                break
-            shift += 7
-        return value
-
-    while key := varint():
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
-        else:
-            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-            yield key >> 3, bytes(next(data) for _ in range(size))

@@ -14,8 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from em_megatron.config import ConfigError
-from em_megatron.data.manifest import TOKENIZER_NAME
-from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.data.vocabulary import Vocabulary, find_tokenizer
 from em_megatron.evaluation.generation import Sampling, stream_text
 
 READER_KEYS = {
@@ -103,7 +102,7 @@ class TransformersText:
             self._check_order()
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{folder} cannot be used: {error}") from None
-        self.vocabulary = Vocabulary(folder / TOKENIZER_NAME)
+        self.vocabulary = Vocabulary(find_tokenizer(folder))
         # generate() needs one token at least, so the last one always waits outside the memory.
         self.waiting = [] if memory_file is not None else [self.vocabulary.bos_id]
 

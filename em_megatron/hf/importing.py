@@ -1,6 +1,6 @@
 """A Hugging Face folder → a run folder with one checkpoint of weights: Elastic Memory's own, or a Llama-style model.
 
-    config.json + *.safetensors  ──table──▶  Megatron model  ──▶  RUN/checkpoints/step_00000000, RUN/tokenizer.model
+    config.json + *.safetensors  ──table──▶  Megatron model  ──▶  RUN/checkpoints/step_00000000, RUN/tokenizer.*
 
 Elastic Memory has no weights, so a model trained with full attention can go on training with it.
 """
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from em_megatron.config import ConfigError, RunConfig, config_text, load_config
-from em_megatron.data.manifest import TOKENIZER_NAME, DataError
-from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.data.manifest import DataError
+from em_megatron.data.vocabulary import Vocabulary, find_tokenizer
 from em_megatron.hf.config_mapping import take_memory, take_model
 from em_megatron.hf.export import RECIPE_NAME
 from em_megatron.hf.weight_mapping import (
@@ -203,25 +203,25 @@ def _precision(folder: HubFolder) -> str:
 
 
 def vocabulary_of(folder: HubFolder, config: RunConfig) -> Vocabulary | None:
-    """The folder's sentencepiece tokenizer where it is one that gives every text back, else None.
+    """The folder's tokenizer where it is one that can be used, else None.
 
     Raises:
         ConversionError: one of our own without a tokenizer, or one with other rows than the embedding's.
     """
-    path, ours = folder.path / TOKENIZER_NAME, OURS in folder.config["architectures"]
+    ours = OURS in folder.config["architectures"]
     try:
-        vocabulary = Vocabulary(path)
+        vocabulary = Vocabulary(find_tokenizer(folder.path))
     except DataError as error:
         if ours:
             raise ConversionError(
                 f"the tokenizer of {folder.path} cannot be used ({error.args[0].partition(';')[0]}): copy "
-                f"{TOKENIZER_NAME} from the folder that was exported"
+                "tokenizer.model from the folder that was exported (tokenizer.json where it holds no tokenizer.model)"
             ) from None
         return None
     rows = int(folder.config["vocab_size"])
     if padded_vocab_size(vocabulary.size, config.model.make_vocab_size_divisible_by) != rows:
         raise ConversionError(
-            f"{path} has {vocabulary.size} ids, which does not fit the {rows} rows of the embedding: it belongs to "
+            f"{vocabulary.path} has {vocabulary.size} ids, which does not fit the {rows} rows of the embedding: it belongs to "
             "another model"
         )
     return vocabulary
@@ -262,7 +262,7 @@ def import_folder(folder: HubFolder, config: RunConfig, out: Path, world_size: i
 
         def finish() -> None:
             if vocabulary is not None:
-                shutil.copyfile(vocabulary.path, writing / TOKENIZER_NAME)
+                (writing / vocabulary.file_name).write_bytes(vocabulary.serialized)
             (writing / "config.yaml").write_text(config_text(config))
             writing.rename(out)
 

@@ -183,10 +183,12 @@ def sample_text(config: RunConfig, vocabulary: Vocabulary, file: Path | None) ->
 
 
 def _held_out_text(config: RunConfig, vocabulary: Vocabulary) -> str:
+    from em_megatron.data.blend import parse_blend
     from em_megatron.data.manifest import Manifest
     from em_megatron.data.shards import ShardReader
 
-    folder, wanted = Path(config.data.path).expanduser(), (BLOCKS + 1) * config.memory.block_length
+    folder = Path(parse_blend(config.data.path)[0].location).expanduser()
+    wanted = (BLOCKS + 1) * config.memory.block_length
     try:
         manifest = Manifest.load(folder)
         manifest.check_tokenizer(vocabulary)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from em_megatron.config import ConfigError, RunConfig, load_config
+from em_megatron.data.blend import parse_blend
 from em_megatron.data.manifest import MANIFEST_NAME, Manifest
 from em_megatron.planning.gpus import GIB, find_gpu
 from em_megatron.planning.job import Cluster, Job
@@ -129,7 +130,7 @@ def _vocab_size(config: RunConfig, given: int | None) -> tuple[int, str]:
     """Ids of the tokenizer, and where the number comes from."""
     if given is not None:
         return given, "--vocab-size"
-    folder = Path(config.data.path).expanduser()
+    folder = Path(parse_blend(config.data.path)[0].location).expanduser()
     if (folder / MANIFEST_NAME).is_file():
         return Manifest.load(folder).vocab_size, str(folder)
     return DEFAULT_VOCAB_SIZE, "assumed"

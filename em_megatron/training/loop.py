@@ -14,7 +14,7 @@ import torch
 from em_megatron.checkpoint.folder import CheckpointError, complete_steps, step_name
 from em_megatron.config import RunConfig
 from em_megatron.data.stream import TokenStream
-from em_megatron.evaluation.perplexity import evaluate
+from em_megatron.evaluation.perplexity import combined, evaluate
 from em_megatron.model.sizes import flops_per_token, memory_floats_per_sequence, padded_vocab_size
 from em_megatron.parallel.outcome import report_outcome
 from em_megatron.training.measurements import StepClock
@@ -51,7 +51,7 @@ def train(run: Run, stop: StopRequest | None = None, watchdog: Watchdog | None =
     rank = torch.distributed.get_rank()
     if rank == 0:
         state.wandb_id = wandb_id_of(config.run_dir, state.wandb_id)
-    held_out = run.corpus.stream(config, "validation") if config.validation.interval else None
+    held_out = run.corpus.validation_streams(config) if config.validation.interval else {}
     metrics = MetricLog(config, state.step, state.wandb_id, active=rank == 0)
     saver = Saver(run, metrics.say)
     watchdog = watchdog or watchdog_of(config, rank, stop).start()
@@ -77,7 +77,7 @@ def train(run: Run, stop: StopRequest | None = None, watchdog: Watchdog | None =
             ends, stopping = state.step == last_step, result.stop
             if ends or state.step % config.logging.interval == 0:
                 metrics.train_row(_row(run, result) | clock.row() | profiler.found())
-            state.owes_validation = held_out is not None and (ends or state.step % config.validation.interval == 0)
+            state.owes_validation = bool(held_out) and (ends or state.step % config.validation.interval == 0)
             with clock.paused():
                 stopping = stopping or validation.stopped_if_owed()
                 watchdog.beat(SAVING)
@@ -119,6 +119,8 @@ def _row(run: Run, result: StepResult) -> dict[str, float]:
         "learning_rate": float(run.optimizer.param_groups[0]["lr"]),
         "consumed_samples": run.state.consumed_samples,
         "consumed_tokens": run.state.consumed_tokens,
+        "packing_efficiency": result.tokens / (run.config.training.global_batch_size * run.config.data.sequence_length),
+        **_epochs(run),
         "skipped_batches": len(run.bad.skipped),
         "memory_floats_per_sequence": memory_floats_per_sequence(
             run.config.model, run.config.memory, run.config.data.sequence_length
@@ -126,11 +128,19 @@ def _row(run: Run, result: StepResult) -> dict[str, float]:
     }
 
 
+def _epochs(run: Run) -> dict[str, float]:
+    """How often the corpus was read so far, or each of a blend."""
+    counts = run.stream.epochs(run.state.consumed_samples)
+    if len(counts) == 1:
+        return {"epochs": counts[0]}
+    return {f"epochs/{member.name}": count for member, count in zip(run.corpus.members, counts, strict=True)}
+
+
 class _Validation:
     """Held-out loss where a step owes one, given up where the run is asked to stop, and then still owed."""
 
     def __init__(
-        self, run: Run, held_out: TokenStream | None, metrics: MetricLog, stop: StopRequest, watchdog: Watchdog
+        self, run: Run, held_out: dict[str, TokenStream], metrics: MetricLog, stop: StopRequest, watchdog: Watchdog
     ) -> None:
         self._run, self._held_out, self._metrics = run, held_out, metrics
         self._stop, self._watchdog = stop, watchdog
@@ -138,17 +148,24 @@ class _Validation:
     def stopped_if_owed(self) -> bool:
         """Validates if the last step owes it; whether that was interrupted."""
         run, state = self._run, self._run.state
-        if not state.owes_validation or self._held_out is None:
+        if not state.owes_validation or not self._held_out:
             return False
         token_bytes = torch.as_tensor(run.corpus.vocabulary.token_bytes)
-        samples = run.config.validation.samples
-        found = evaluate(
-            run.config, run.layout, run.model, self._held_out, token_bytes, samples, interrupted=self._interrupted
-        )
-        if found is None:
-            return True
+        samples = -(-run.config.validation.samples // len(self._held_out))
+        found = {}
+        for name, stream in self._held_out.items():
+            part = evaluate(
+                run.config, run.layout, run.model, stream, token_bytes, samples, interrupted=self._interrupted
+            )
+            if part is None:
+                return True
+            found[name] = part
         state.owes_validation = False
-        self._metrics.validation_row({"step": state.step} | found)
+        row = next(iter(found.values()))
+        if len(found) > 1:
+            row = combined(list(found.values()))
+            row |= {f"{what}/{name}": part[what] for name, part in found.items() for what in ("loss", "bits_per_byte")}
+        self._metrics.validation_row({"step": state.step} | row)
         return False
 
     def _interrupted(self) -> bool:

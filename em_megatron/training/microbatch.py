@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +16,17 @@ from em_megatron.parallel.sequence_split import local_part
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens, labels [b, T_local] int64; loss_mask [b, T_local] float32; positions [b, T_local] in the document's piece."""
+    """tokens, labels [b, T_local] int64; loss_mask [b, T_local] float32; positions [b, T_local] in the document's piece.
+
+    copied: recorded on another stream behind the copies to the device; None where this stream made them.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     positions: Tensor
     layout: BlockLayout
+    copied: torch.cuda.Event | None = None
 
     @classmethod
     def from_batch(
@@ -43,11 +48,11 @@ class MicroBatch:
             continues=batch["continues"],
             slots=batch["slot"],
         )
-        parts = {
-            name: to_device(local_part(batch[name], sequence_rank, sequence_size), device)
-            for name in ("tokens", "labels", "loss_mask", "positions")
-        }
-        return cls(**parts, layout=layout)
+
+        def part(name: str) -> Tensor:
+            return to_device(local_part(batch[name], sequence_rank, sequence_size), device)
+
+        return cls(part("tokens"), part("labels"), part("loss_mask"), part("positions"), layout)
 
 
 def micro_batches(
@@ -57,6 +62,26 @@ def micro_batches(
     sequence_rank: int = 0,
     sequence_size: int = 1,
 ) -> Generator[MicroBatch]:
-    """The data iterator of Megatron's schedules; closing it ends the thread that reads ahead."""
+    """Micro-batches on the device. On a GPU the copies go through a stream of their own, beside what computes there:
+    pass them through `arrived` before use."""
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch, _ in batches:
-        yield MicroBatch.from_batch(batch, block_length, device, sequence_rank, sequence_size)
+        with torch.cuda.stream(side) if side else nullcontext():
+            made = MicroBatch.from_batch(batch, block_length, device, sequence_rank, sequence_size)
+        yield replace(made, copied=side.record_event()) if side else made
+
+
+def arrived(batches: Generator[MicroBatch]) -> Generator[MicroBatch]:
+    """The data iterator of Megatron's schedules: micro-batches that the current stream may read. Closing it closes theirs."""
+    try:
+        for batch in batches:
+            if batch.copied is not None:
+                stream = torch.cuda.current_stream(batch.tokens.device)
+                stream.wait_event(batch.copied)
+                layout = batch.layout
+                tensors = (batch.tokens, batch.labels, batch.loss_mask, batch.positions)
+                for tensor in (*tensors, layout.segment_ids, layout.memory_tokens):
+                    tensor.record_stream(stream)  # else its memory would be given away while it is read
+            yield batch
+    finally:
+        batches.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from em_megatron.config import RunConfig
+from em_megatron.data.blend import Phase
 from em_megatron.kinds import kind_of
 from em_megatron.model.language_model import PRECISIONS, handoff_kind, layer_state_bytes
 from em_megatron.model.sizes import (
@@ -39,8 +40,9 @@ def describe_run(run: Run) -> str:
         f"memory  {memory.kind} in {layers} of {shape.num_layers} layers: {kind.describe(memory)}, "
         f"{memory_floats_per_sequence(config.model, memory, config.data.sequence_length):,} floats per sequence"
         f"{' of this length' if kind.grows else ''}",
-        f"data    {config.data.path}: {config.data.sequence_length} tokens = {blocks} blocks of "
-        f"{memory.block_length}, {config.training.global_batch_size} samples a step",
+        *_corpora(run),
+        f"samples {config.data.sequence_length} tokens = {blocks} blocks of {memory.block_length}, "
+        f"{config.training.global_batch_size} samples a step",
         f"kernels {_kernels(config, run.device)}",
         f"layout  {layout.world_size} ranks on {run.device.type}: tensor {layout.tp_size}, pipeline "
         f"{layout.pp_size}{interleaved}, context {layout.cp_size}, data {layout.dp_size}",
@@ -51,6 +53,27 @@ def describe_run(run: Run) -> str:
         held = run.carried.most_bytes(len(run.batch_slots))
         lines.append(f"carried states from step to step, up to {held / 1e6:,.3g} MB on a rank")
     return "\n".join(lines)
+
+
+def _corpora(run: Run) -> list[str]:
+    """A line per corpus: its share, size, and how much of its samples is padding."""
+    lines = []
+    for member, stream, share in zip(
+        run.corpus.members, run.stream.streams, run.corpus.blend.phases[0].shares, strict=True
+    ):
+        part = f"{100 * float(share):.4g} % of the samples, " if len(run.corpus.members) > 1 else ""
+        lines.append(
+            f"data    {member.source.location}: {part}{member.manifest.tokens('train'):,} tokens in "
+            f"{len(stream.reader):,} documents, {100 * stream.efficiency:.1f} % of a sample's tokens are text"
+        )
+    return lines + [
+        f"        from sample {phase.start} on: {_shares(run, phase)}" for phase in run.corpus.blend.phases[1:]
+    ]
+
+
+def _shares(run: Run, phase: Phase) -> str:
+    members = zip(run.corpus.members, phase.shares, strict=True)
+    return ", ".join(f"{member.name} {100 * float(share):.4g} %" for member, share in members)
 
 
 def _own(config: RunConfig) -> str:

@@ -11,8 +11,7 @@ import torch
 from em_megatron.checkpoint.folder import find_checkpoint
 from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.config import ConfigError, MemoryConfig, RunConfig, load_config
-from em_megatron.data.manifest import TOKENIZER_NAME
-from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.data.vocabulary import Vocabulary, find_tokenizer
 from em_megatron.kinds import kind_of
 from em_megatron.parallel.process_groups import Layout
 from em_megatron.training.setup import build_chunks, initialize_layout, seed_ranks
@@ -86,7 +85,7 @@ def restore(path: Path, overrides: Sequence[str], world_size: int, layout: Layou
         config.training.micro_batch_size * data_parallel * parallel.pipeline_model_parallel_size
     )
     validate(config, world_size)
-    vocabulary = Vocabulary(checkpoint.parent.parent / TOKENIZER_NAME)
+    vocabulary = Vocabulary(find_tokenizer(checkpoint.parent.parent))
     if layout is None:
         layout = initialize_layout(config)
         seed_ranks(config.seed, layout)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from megatron.core.distributed import (
 from em_megatron.checkpoint.folder import find_checkpoint
 from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.config import ConfigError, ModelConfig, RunConfig, config_text, load_config
-from em_megatron.data.manifest import TOKENIZER_NAME, Manifest
-from em_megatron.data.shards import ShardReader
-from em_megatron.data.stream import TokenStream, prefetch
+from em_megatron.data.blend import BlendedStream
+from em_megatron.data.loading import ahead, load
+from em_megatron.data.manifest import TOKENIZER_NAME
+from em_megatron.data.stream import RankBatches
 from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.model.carried_memory import CarriedMemory
 from em_megatron.model.initialization import initialize_weights
@@ -34,7 +35,8 @@ from em_megatron.model.sizes import memory_layers, padded_vocab_size, shape_of
 from em_megatron.parallel import cpu_backend
 from em_megatron.parallel.process_groups import Layout, initialize
 from em_megatron.training.bad_batches import BadBatches
-from em_megatron.training.microbatch import MicroBatch, micro_batches
+from em_megatron.training.corpus import Corpus
+from em_megatron.training.microbatch import MicroBatch, arrived, micro_batches
 from em_megatron.training.optimizer import build_optimizer, build_scheduler
 from em_megatron.validate import check_same_weights, validate
 
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 FIXED = (
     "seed",
     "data.sequence_length",
+    "data.shuffle_shards",
     "memory.block_length",
     "memory.carry_memory",
     *(f"model.{item.name}" for item in dataclasses.fields(ModelConfig) if item.name not in ("size", "hidden_dropout")),
@@ -61,41 +64,6 @@ FIXED_WITH_CARRIED_MEMORY = (
     "memory.layers",
     "memory.discretization",
 )
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Vocabulary, manifest and the folder of shards they belong to."""
-
-    path: Path
-    vocabulary: Vocabulary
-    manifest: Manifest
-
-    @classmethod
-    def open(cls, path: Path) -> Corpus:
-        """Opens a folder of `tokenizer.encode`.
-
-        Raises:
-            DataError: something is missing, truncated, altered or does not belong together.
-        """
-        manifest = Manifest.load(path)
-        vocabulary = Vocabulary(path / TOKENIZER_NAME)
-        manifest.check_tokenizer(vocabulary)
-        return cls(path, vocabulary, manifest)
-
-    def stream(self, config: RunConfig, split: str) -> TokenStream:
-        """Samples of a split, packed for this run."""
-        reader = ShardReader(self.path, split)
-        carries = config.memory.carry_memory and split == "train"
-        return TokenStream(
-            reader,
-            config.data.sequence_length,
-            config.memory.block_length,
-            config.seed,
-            self.vocabulary.pad_id,
-            shuffle=split == "train",
-            slots=config.training.global_batch_size if carries else 0,
-        )
 
 
 @dataclass
@@ -133,6 +101,7 @@ class Run:
         Gives the folder that holds it then.
         """
         self.state.bad_batches = self.bad.state
+        self.state.data_identity = self.corpus.identity(self.state.consumed_samples)
         return self.store.save(
             self.state.step,
             model_chunks=self.model,
@@ -144,19 +113,28 @@ class Run:
             asynchronous=self.config.checkpoint.asynchronous,
         )
 
+    @cached_property
+    def stream(self) -> BlendedStream:
+        """The samples of the run."""
+        return self.corpus.training_stream(self.config)
+
     def training_data(self) -> Generator[MicroBatch]:
         """This data-parallel rank's micro-batches from where the run stands."""
-        stream = self.corpus.stream(self.config, "train")
-        batches = stream.batches(
-            self.state.consumed_samples,
-            self.config.training.micro_batch_size,
-            self.layout.dp_rank,
-            self.layout.dp_size,
+        data, layout = self.config.data, self.layout
+        micro_batch_size = self.config.training.micro_batch_size
+        batches = RankBatches(
+            self.stream, self.state.consumed_samples, micro_batch_size, layout.dp_rank, layout.dp_size
         )
-        if self.config.data.prefetch:
-            batches = prefetch(batches, self.config.data.prefetch)
-        layout = self.layout
-        return micro_batches(batches, self.config.memory.block_length, self.device, layout.cp_rank, layout.cp_size)
+        made = micro_batches(
+            load(batches, data.workers, data.prefetch),
+            self.config.memory.block_length,
+            self.device,
+            layout.cp_rank,
+            layout.cp_size,
+        )
+        # Workers are waited for in a thread, also because torch would raise the death of one anywhere in the main thread.
+        depth = max(data.prefetch, 1 if data.workers else 0)
+        return arrived(ahead(made, depth) if depth else made)
 
     @property
     def batch_slots(self) -> list[int]:
@@ -189,7 +167,7 @@ def set_up(config: RunConfig, world_size: int) -> Run:
         DataError: the shards cannot be used.
     """
     validate(config, world_size)
-    corpus = Corpus.open(Path(config.data.path).expanduser())
+    corpus = Corpus.open(config.data)
     layout = initialize_layout(config)
     device = cpu_backend.device()
     seed_ranks(config.seed, layout)
@@ -212,7 +190,7 @@ def set_up(config: RunConfig, world_size: int) -> Run:
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
         store=store,
-        state=TrainState(data_identity=corpus.manifest.identity),
+        state=TrainState(data_identity=corpus.identity(0)),
         bad=BadBatches(config.faults),
         carried=attach_carried_memory(model) if config.memory.carry_memory else None,
     )
@@ -349,16 +327,16 @@ def _resume(run: Run, newest: Path) -> None:
     )
     run.state = TrainState(**saved)
     run.bad = BadBatches(run.config.faults, **run.state.bad_batches)
-    run.corpus.manifest.check_identity(run.state.data_identity)
+    run.corpus.check_identity(run.state.data_identity, run.state.consumed_samples)
     if torch.distributed.get_rank() == 0:
         log.warning("resumed from %s at step %d", newest, run.state.step)
 
 
 def _keep_tokenizer(run: Run) -> None:
     """Puts the tokenizer beside the checkpoints, so that they are of use without the corpus."""
-    target = run.config.run_dir / TOKENIZER_NAME
+    target = run.config.run_dir / run.corpus.vocabulary.file_name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".writing")
-        shutil.copyfile(run.corpus.path / TOKENIZER_NAME, temporary)
+        temporary.write_bytes(run.corpus.vocabulary.serialized)
         os.replace(temporary, target)

@@ -65,7 +65,9 @@ def test_missing_and_truncated_shards_are_named_at_the_start(
     corpus: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     damage(corpus / "train-000003.tar")
-    with pytest.raises(DataError, match=rf"shard file train-000003\.tar .*{reason}|shard file train-000003\.tar {reason}"):
+    with pytest.raises(
+        DataError, match=rf"shard file train-000003\.tar .*{reason}|shard file train-000003\.tar {reason}"
+    ):
         ShardReader(corpus)
 
 

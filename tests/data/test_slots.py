@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from em_megatron.data.loading import load
+from em_megatron.data.order import PADDING, slot_order
 from em_megatron.data.shards import ShardReader
-from em_megatron.data.stream import PADDING, Sample, TokenStream, slot_order
+from em_megatron.data.stream import RankBatches, Sample, TokenStream
 from tests.data.handmade import PAD, SPACING, CountingReader, write_corpus
 
 T, L = 12, 4
@@ -170,7 +172,7 @@ def test_a_slot_stays_with_its_row_over_the_steps(size: int, ranks: int) -> None
     """Steps of 8 samples: what a row of a microbatch of a rank promises, the same row finds one step later."""
     per_step = 8 // (size * ranks)
     for rank in range(ranks):
-        batches = (batch for batch, _ in make_stream(CORPORA["many"], 8).batches(0, size, rank, ranks))
+        batches = (batch for batch, _ in load(RankBatches(make_stream(CORPORA["many"], 8), 0, size, rank, ranks)))
         steps = [list(itertools.islice(batches, per_step)) for _ in range(30)]
         for before, after in itertools.pairwise(steps):
             for now, then in zip(before, after, strict=True):

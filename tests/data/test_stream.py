@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from em_megatron.data.loading import ahead, load
+from em_megatron.data.order import permutation
 from em_megatron.data.shards import ShardReader
-from em_megatron.data.stream import TokenStream, permutation, prefetch
+from em_megatron.data.stream import RankBatches, TokenStream
 from tests.data.handmade import PAD, write_corpus
 
 LENGTHS = [7, 4, 30, 2, 3, 12, 9, 5, 5, 21, 6]
@@ -137,7 +139,7 @@ GOLDEN = [5, 6, 3, 9, 7, 4, 1, 2, 8, 0]
 def take(stream: TokenStream, consumed: int, steps: int, size: int, rank: int, ranks: int) -> list[torch.Tensor]:
     """The rows of `steps` microbatches, each [size, 5 T + 3]: all that a sample holds, side by side."""
     found = []
-    for batch, after in itertools.islice(stream.batches(consumed, size, rank, ranks), steps):
+    for batch, after in itertools.islice(load(RankBatches(stream, consumed, size, rank, ranks)), steps):
         consumed += size * ranks
         assert after == consumed
         assert batch["tokens"].shape == (size, 8)
@@ -169,7 +171,7 @@ def test_resume_is_exact_at_every_sample_even_with_another_size(reader: ShardRea
 @pytest.mark.parametrize("arguments", [(-1, 1, 0, 1), (0, 0, 0, 1), (0, 1, 1, 1), (0, 1, -1, 2), (0, 1, 0, 0)])
 def test_impossible_batches_are_refused_at_once(reader: ShardReader, arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="cannot batch with consumed_samples"):
-        make_stream(reader).batches(*arguments)
+        RankBatches(make_stream(reader), *arguments)
 
 
 def test_other_refusals(reader: ShardReader) -> None:
@@ -182,19 +184,19 @@ def test_other_refusals(reader: ShardReader) -> None:
     with pytest.raises(ValueError, match="not a multiple"):
         TokenStream(reader, 10, 4, 0, PAD)
     with pytest.raises(ValueError, match="prefetch depth is 0"):
-        next(prefetch(iter([1]), 0))
+        next(ahead(iter([1]), 0))
 
 
 def test_prefetch_gives_the_same_and_resumes_from_what_was_used(reader: ShardReader) -> None:
-    plain = make_stream(reader).batches(3, 2, 0, 2)
-    ahead = prefetch(make_stream(reader).batches(3, 2, 0, 2), depth=4)
+    plain = load(RankBatches(make_stream(reader), 3, 2, 0, 2))
+    prefetched = ahead(load(RankBatches(make_stream(reader), 3, 2, 0, 2)), depth=4)
     for _ in range(9):
-        (expected, after), (batch, found) = next(plain), next(ahead)
+        (expected, after), (batch, found) = next(plain), next(prefetched)
         assert found == after
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
-    ahead.close()
+    prefetched.close()
     assert not any(thread.name == "data-prefetch" for thread in threading.enumerate())
-    resumed = make_stream(reader).batches(found, 2, 0, 2)
+    resumed = load(RankBatches(make_stream(reader), found, 2, 0, 2))
     assert torch.equal(next(resumed)[0]["tokens"], next(plain)[0]["tokens"])
 
 
@@ -203,11 +205,11 @@ def test_prefetch_raises_the_source_error_in_its_turn() -> None:
         yield from (1, 2)
         raise OSError("disk gone")
 
-    ahead = prefetch(source(), depth=8)
-    assert [next(ahead), next(ahead)] == [1, 2]
+    prefetched = ahead(source(), depth=8)
+    assert [next(prefetched), next(prefetched)] == [1, 2]
     with pytest.raises(OSError, match="disk gone"):
-        next(ahead)
-    assert list(prefetch(iter(range(50)), depth=2)) == list(range(50))
+        next(prefetched)
+    assert list(ahead(iter(range(50)), depth=2)) == list(range(50))
 
 
 def test_validation_samples_are_spread_and_shared_out(tmp_path: Path) -> None:

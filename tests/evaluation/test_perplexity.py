@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
 
 def test_figures_equal_a_plain_computation(trained):
     run, _ = trained
-    stream = run.corpus.stream(run.config, "validation")
+    stream = run.corpus.validation_stream(run.config)
     token_bytes = torch.as_tensor(run.corpus.vocabulary.token_bytes)
     found = evaluate(run.config, run.layout, run.model, stream, token_bytes)
     total, tokens, text_bytes, bins = 0.0, 0, 0, {}

@@ -35,7 +35,7 @@ def test_a_skipped_batch_is_shown_with_its_documents_and_losses(tmp_path):
 
         with patch.object(step_module, "run_schedule", going_wrong):
             assert loop.train(run) == "finished"
-        expected = run.corpus.stream(run.config, "train").sample(9)
+        expected = run.corpus.training_stream(run.config).sample(9)
     finally:
         shutdown()
     done = subprocess.run(

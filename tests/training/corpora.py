@@ -9,8 +9,8 @@ import numpy as np
 from em_megatron.config import RunConfig, load_config
 from em_megatron.data.manifest import Manifest
 from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.data.writing import EncodedDocument, write_shard
 from tests.tokenizer.small_corpus import train_model, write_texts
-from tokenizer.encode import EncodedDocument, ShardWriter
 
 BOS, EOS = 2, 3
 VOCAB_SIZE = 640
@@ -63,12 +63,12 @@ def write_ids(folder: Path, model: Path, splits: dict[str, list[list[int]]]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     shards = {}
     for split, documents in splits.items():
-        writer = ShardWriter(folder, split, 1 << 20, item_bytes=2)
-        for index, ids in enumerate(documents):
-            data = np.array(ids, "<u2").tobytes()
-            writer.add(EncodedDocument(f"{split}{index}", data, 2 * (len(ids) - 2)))
-        writer.close()
-        shards[split] = tuple(writer.shards)
+        encoded = (
+            EncodedDocument(f"{split}{index}", np.array(ids, "<u2").tobytes(), 2 * (len(ids) - 2))
+            for index, ids in enumerate(documents)
+        )
+        shard = write_shard(folder, f"{split}-000000.tar", encoded, "<u2")
+        shards[split] = (shard,) if shard else ()
     (folder / "tokenizer.model").write_bytes(model.read_bytes())
     Manifest(Vocabulary(model).sha256, VOCAB_SIZE, "<u2", "s" * 64, shards).save(folder)
     return folder

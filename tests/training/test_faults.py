@@ -15,8 +15,9 @@ import torch
 from em_megatron.config import ConfigError
 from em_megatron.data.manifest import DataError
 from em_megatron.parallel.process_groups import shutdown
+from em_megatron.training.corpus import Corpus
 from em_megatron.training.loop import train
-from em_megatron.training.setup import Corpus, set_up
+from em_megatron.training.setup import set_up
 from em_megatron.training.step import TrainingError
 from tests.tokenizer.small_corpus import train_model, write_texts
 from tests.training.corpora import recipe, run_config
@@ -97,7 +98,7 @@ def test_one_failing_rank_ends_all_with_its_sentence(chain_corpus, tmp_path):
     started = time.monotonic()
     done = subprocess.run([*command, "launch/pretrain.py", str(path)], capture_output=True, text=True, timeout=200)
     assert done.returncode != 0
-    assert re.search(r"^error( \(rank 1\))?: shard train-000000.tar", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^error( \(rank 1\))?: shard file train-000000.tar", done.stderr, re.MULTILINE), done.stderr
     assert time.monotonic() - started < 90
 
 
@@ -107,7 +108,7 @@ def test_wrong_tokenizer_is_refused(chain_corpus, tmp_path):
     texts = write_texts(tmp_path / "texts", files=10, words=300, seed=9)
     train_model(texts, corpus / "tokenizer.model")
     with pytest.raises(DataError, match="tokenizer"):
-        Corpus.open(corpus)
+        Corpus.open(run_config(corpus, tmp_path).data)
 
 
 def test_metrics_tell_one_straight_story(chain_corpus, tmp_path):

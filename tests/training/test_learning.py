@@ -58,7 +58,7 @@ def answer_losses(corpus, runs, answers: range, steps: int, *overrides: str) -> 
     try:
         run = set_up(config, world_size=1)
         train(run)
-        stream = run.corpus.stream(config, "validation")
+        stream = run.corpus.validation_stream(config)
         batch = MicroBatch.from_batch(collate(list(stream.validation_samples())), BLOCK, run.device)
         with torch.no_grad():
             losses = run.model[0](batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch.layout)
