@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         if found.other_ids:
             say(
-                "warning: this tokenizer was trained without rounded scores, so sentencepiece's own rounding decides "
-                "between segmentations that score alike (most of them runs of spaces); the text is the same"
+                "warning: where this tokenizer was trained without rounded scores, sentencepiece's own rounding decides "
+                "between segmentations that score alike (most of them runs of spaces), the text being the same; where it "
+                "rewrites text, odd texts may be rewritten otherwise"
             )
         return model_card(source, found)
 

@@ -88,20 +88,12 @@ class Manifest:
         """UTF-8 bytes of text of a split."""
         return sum(shard.text_bytes for shard in self.shards(split))
 
-    def check_identity(self, expected: str) -> None:
-        """Refuses a corpus other than the one a checkpoint was trained on (`expected` is its identity)."""
-        if self.identity != expected:
-            raise DataError(
-                f"the corpus is not the one this checkpoint was trained on (manifest {self.identity[:12]}, "
-                f"checkpoint {expected[:12]}): point the run at the old corpus, or start a new run for the new one"
-            )
-
     def check_tokenizer(self, vocabulary: "Vocabulary") -> None:
         """Refuses a tokenizer other than the one the shards were encoded with."""
         if vocabulary.sha256 != self.tokenizer_sha256:
             raise DataError(
                 f"the corpus was encoded with another tokenizer (sha256 {self.tokenizer_sha256[:12]}, this one is "
-                f"{vocabulary.sha256[:12]}): use the {TOKENIZER_NAME} that lies beside its manifest"
+                f"{vocabulary.sha256[:12]}): use the tokenizer that lies beside its manifest"
             )
 
     def save(self, directory: Path) -> Path:

@@ -104,13 +104,6 @@ class Vocabulary:
         if not self.lossless and multiprocessing.parent_process() is None:  # not again from each worker
             log.warning("%s is not lossless (%s): bits per byte are approximate", self.path, tokenizer.why_lossy)
 
-    @property
-    def _processor(self) -> Any:
-        """sentencepiece's own object, for the export. Raises DataError for a Hugging Face tokenizer."""
-        if not isinstance(self.tokenizer, SentencePieceTokenizer):
-            raise DataError(f"{self.path} is no sentencepiece model")
-        return self.tokenizer.processor
-
     def __len__(self) -> int:
         return self.size
 

@@ -119,7 +119,7 @@ def read_lines(
 ) -> Iterator[int]:
     """Reads an endless text line by line in constant memory; yields the characters read so far.
 
-    Ids are those of the whole text, for a line's end is a token of its own.
+    Ids are those of the whole text where a line's end is a token of its own, as in the tokenizers of `tokenizer.train`.
 
     Args:
         lines: with their ends, as a file gives them.

@@ -1,7 +1,8 @@
 """The tokenizer as a Hugging Face fast tokenizer that gives the ids of Vocabulary.encode.
 
-One that was made by Hugging Face is taken as it is. In one of sentencepiece pieces are named with real spaces instead of sentencepiece's U+2581, so that no space is ever rewritten and a real
-U+2581 falls back to its bytes. Special pieces and byte pieces keep their names, "<s>" and "<0x0A>".
+One that was made by Hugging Face is taken as it is. In one of sentencepiece pieces are named with real spaces instead
+of sentencepiece's U+2581, so that no space is ever rewritten and a real U+2581 falls back to its bytes. Special pieces
+and byte pieces keep their names, "<s>" and "<0x0A>".
 """
 
 import re

@@ -25,9 +25,9 @@ from em_megatron.checkpoint.sharded import CheckpointStore
 from em_megatron.config import ConfigError, ModelConfig, RunConfig, config_text, load_config
 from em_megatron.data.blend import BlendedStream
 from em_megatron.data.loading import ahead, load
-from em_megatron.data.manifest import TOKENIZER_NAME
+from em_megatron.data.manifest import TOKENIZER_NAMES
 from em_megatron.data.stream import RankBatches
-from em_megatron.data.vocabulary import Vocabulary
+from em_megatron.data.vocabulary import Vocabulary, find_tokenizer
 from em_megatron.model.carried_memory import CarriedMemory
 from em_megatron.model.initialization import initialize_weights
 from em_megatron.model.language_model import attach_carried_memory, build_model, model_chunks, transformer_config
@@ -278,13 +278,13 @@ def load_initial_weights(config: RunConfig, path: Path, chunks: list[torch.nn.Mo
                 f"model section of {checkpoint / 'config.yaml'}"
             )
     check_same_weights(saved, config, checkpoint)
-    tokenizer = checkpoint.parent.parent / TOKENIZER_NAME
-    if not tokenizer.is_file():
+    run = checkpoint.parent.parent
+    if not any((run / name).is_file() for name in TOKENIZER_NAMES):
         log.warning("%s lies without a tokenizer: its rows are taken for the ids of this corpus", checkpoint)
-    elif Vocabulary(tokenizer).sha256 != vocabulary.sha256:
+    elif Vocabulary(find_tokenizer(run)).sha256 != vocabulary.sha256:
         raise ConfigError(
             f"{checkpoint} was trained with another tokenizer than the corpus {config.data.path}: encode the corpus with "
-            f"{tokenizer}"
+            f"{find_tokenizer(run)}"
         )
     CheckpointStore(checkpoint.parent, config.checkpoint.keep_last).load(checkpoint, model_chunks=chunks)
 

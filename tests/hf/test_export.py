@@ -69,7 +69,7 @@ def test_a_tokenizer_of_unrounded_scores_is_exported_with_a_warning(tmp_path, ca
     letters = random.Random(0)
     (tmp_path / "text.txt").write_text("\n".join("".join(letters.choices("abcd ", k=500)) for _ in range(400)))
     assert export_hf.main([str(run), str(tmp_path / "out"), "--text", str(tmp_path / "text.txt")]) == 0
-    assert "warning: this tokenizer was trained without rounded scores" in capsys.readouterr().out
+    assert "warning: where this tokenizer was trained without rounded scores" in capsys.readouterr().out
     assert "none got other token ids" not in (tmp_path / "out/README.md").read_text()
 
 

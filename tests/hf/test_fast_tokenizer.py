@@ -131,7 +131,7 @@ def test_rounding_of_sentencepiece_alone_makes_unigram_models_differ(models, kin
         ours, theirs = vocabulary.encode(text), tokenizer.encode(text, add_special_tokens=False)
         differ += ours != theirs
         assert vocabulary.decode(theirs) == text
-        best, found = (sum(vocabulary._processor.get_score(token) for token in ids) for ids in (theirs, ours))
+        best, found = (sum(vocabulary.tokenizer.processor.get_score(token) for token in ids) for ids in (theirs, ours))
         assert found - 1e-9 <= best <= found + 1e-3
     assert differ
     with pytest.raises(DataError, match="differs from in memory at position"):

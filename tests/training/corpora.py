@@ -40,7 +40,7 @@ RUN = (
 )
 
 
-def run_config(corpus: Path, runs: Path, *overrides: str) -> RunConfig:
+def run_config(corpus: Path | str, runs: Path, *overrides: str) -> RunConfig:
     """A run of 20 steps of a model of two layers."""
     return load_config(None, [f"data.path={corpus}", f"output_dir={runs}", "name=test", *RUN, *overrides])
 

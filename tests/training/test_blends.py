@@ -12,6 +12,7 @@ from em_megatron.parallel.process_groups import shutdown
 from em_megatron.training.loop import train
 from em_megatron.training.report import describe_run
 from em_megatron.training.setup import set_up
+from tests.data.servers import FolderServer, Trouble
 from tests.training.corpora import run_config, tokenizer
 
 STEPS = ("training.train_steps=6", "logging.interval=1", "checkpoint.save_interval=3", "validation.interval=6")
@@ -30,7 +31,7 @@ def rows(runs: Path, kind: str = "train") -> list[dict]:
 def run(path: str, runs: Path, *overrides: str) -> list[float]:
     """The losses of a run, or of its goings-on."""
     try:
-        train(set_up(run_config(Path(path), runs, *STEPS, *overrides), world_size=1))
+        train(set_up(run_config(path, runs, *STEPS, *overrides), world_size=1))
     finally:
         shutdown()
     return [row["loss"] for row in rows(runs)]
@@ -38,7 +39,7 @@ def run(path: str, runs: Path, *overrides: str) -> list[float]:
 
 def test_a_blend_is_reported_and_counted(blend: str, chain_corpus: Path, tmp_path: Path) -> None:
     try:
-        held = set_up(run_config(Path(blend), tmp_path, *STEPS), world_size=1)
+        held = set_up(run_config(blend, tmp_path, *STEPS), world_size=1)
         text = describe_run(held)
         names = [member.name for member in held.corpus.members]
         train(held)
@@ -104,3 +105,13 @@ def test_corpora_of_other_tokenizers_are_not_blended(chain_corpus: Path, tmp_pat
         DataError, match=r"encoded with another tokenizer than .*encode the corpora of a blend with one"
     ):
         run(f"1 {chain_corpus} 1 {other}", tmp_path)
+
+
+def test_a_run_reads_from_an_address_as_from_the_folder(chain_corpus: Path, tmp_path: Path) -> None:
+    server = FolderServer(chain_corpus, troubles=[Trouble(), Trouble(status=503), Trouble(cut=100)])
+    try:
+        fetched = run(server.url, tmp_path / "fetched", f"data.cache_path={tmp_path}/cache", "data.workers=1")
+    finally:
+        server.close()
+    assert fetched == run(str(chain_corpus), tmp_path / "folder")
+    assert any((tmp_path / "cache").rglob("*.tar"))
