@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Encodes texts into shards on one node without GPUs, with as many workers as it has cores.
-# usage: sbatch slurm/tokenize.sh --tokenizer M.model --input TEXTS --output data/NAME [option of tokenizer.encode ...]
+# Encodes texts into shards on nodes without GPUs, with as many workers on each as it has cores. The tasks of an array
+# share the work, whenever each of them starts; the last one writes the manifest. Submitting the same again goes on.
+# usage: sbatch [--array=0-31] slurm/tokenize.sh --tokenizer PATH --input TEXTS --output data/NAME [option of tokenizer.encode ...]
 #SBATCH --job-name=tokenize
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=0
@@ -8,6 +9,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
+#SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 set -eu

@@ -2,13 +2,17 @@
 
     python -m tokenizer.train --input texts --output tokenizer.model --vocab-size 2048
 
-Only the training documents are used; which ones those are depends on the options and on the documents' names and sizes
-alone, so tokenizer.encode with the same options holds out the same ones.
+Inputs are .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files. Only the training documents are used; which ones
+those are depends on the options and on the documents' ids and sizes alone (with --deduplicate text, on their texts), so
+tokenizer.encode with the same options holds out the same ones.
+
+All inputs are read twice: to find the training documents, and to draw lines from them. With --sample-bytes only about
+as much as it says is read: from the beginnings of input files that are drawn by --seed, documents whose id comes in
+the later half of the order by which tokenizer.encode holds documents out, at its beginning.
 """
 
 import argparse
 import io
-import os
 import random
 import sys
 import time
@@ -19,15 +23,9 @@ import sentencepiece
 
 from em_megatron.data.manifest import DataError
 from em_megatron.data.vocabulary import Vocabulary
-from tokenizer.corpus import (
-    add_corpus_arguments,
-    find_corpus,
-    separator_of,
-    summarize,
-    training_texts,
-    validation_names,
-    validation_share,
-)
+from tokenizer.atomic import write_atomically
+from tokenizer.corpus import add_corpus_arguments, find_corpus, layout_of, selection_of
+from tokenizer.encoding.training_texts import TextSource, all_texts, sampled_texts
 from tokenizer.scores import rounded_scores
 
 SENTENCE_CHARS = 1000  # at most 4000 UTF-8 bytes, below sentencepiece's limit of 4192 above which it drops a line
@@ -115,17 +113,6 @@ def bytes_per_token(vocabulary: Vocabulary, texts: Iterable[str]) -> tuple[float
     return measured / max(tokens, 1), measured
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file such that readers see the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tokenizer.train",
@@ -152,7 +139,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="learn from a random sample of N lines (default: %(default)s; 0 uses all)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of that sample (default: %(default)s)")
+    parser.add_argument(
+        "--sample-bytes",
+        type=int,
+        metavar="N",
+        help="read only about N bytes of a large corpus, spread over its files (default: read all)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of both samples (default: %(default)s)")
     parser.add_argument(
         "--threads", type=int, default=1, help="threads; part of what decides the result (default: %(default)s)"
     )
@@ -167,18 +160,26 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             f"--vocab-size {arguments.vocab_size} with --reserved {arguments.reserved} leaves no room beside the 256 "
             f"bytes; give a --vocab-size of at least {smallest} and a --reserved of at least 0"
         )
+    if arguments.sample_bytes is not None and arguments.sample_bytes < 1:
+        raise DataError(f"--sample-bytes {arguments.sample_bytes} reads nothing; give at least 1, or leave it out")
     if arguments.threads < 1 or arguments.max_sentences < 0 or not 0 <= arguments.seed < 1 << 32:
         raise DataError("give a --seed from 0 to 2**32-1, --threads of at least 1 and --max-sentences of at least 0")
 
 
+def texts_of(arguments: argparse.Namespace) -> TextSource:
+    """The training texts that the arguments ask for. Raises DataError."""
+    layout, selection, files = layout_of(arguments), selection_of(arguments), find_corpus(arguments)
+    if arguments.sample_bytes is None:
+        return all_texts(files, layout, selection)
+    return sampled_texts(files, layout, selection, arguments.sample_bytes, arguments.seed)
+
+
 def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
-    separator = separator_of(arguments)
-    files = find_corpus(arguments)
-    held = validation_names(files, (summarize(file, separator) for file in files), validation_share(arguments))
+    texts = texts_of(arguments)
     started = time.monotonic()
     serialized = train(
-        training_texts(files, separator, held),
+        texts.read(),
         arguments.vocab_size,
         arguments.model_type,
         arguments.reserved,
@@ -189,10 +190,10 @@ def run(arguments: argparse.Namespace) -> None:
     vocabulary = Vocabulary.from_bytes(serialized, str(arguments.output))
     write_atomically(arguments.output, serialized)
     seconds = time.monotonic() - started
-    ratio, measured = bytes_per_token(vocabulary, training_texts(files, separator, held))
+    ratio, measured = bytes_per_token(vocabulary, texts.read())
     print(
-        f"{arguments.output}: {vocabulary.size} pieces ({arguments.model_type}) in {seconds:.1f} s, "
-        f"{len(held)} documents held out, {ratio:.3f} bytes per token over {measured} bytes of training text"
+        f"{arguments.output}: {vocabulary.size} pieces ({arguments.model_type}) in {seconds:.1f} s, {texts.words}, "
+        f"{ratio:.3f} bytes per token over {measured} bytes of training text"
     )
 
 

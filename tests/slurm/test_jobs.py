@@ -22,7 +22,8 @@ from tests.slurm.jobs import (
     submit,
     wait_for_step,
 )
-from tests.tokenizer.small_corpus import train_model, write_texts
+from tests.tokenizer.small_corpus import files_of, train_model, write_texts
+from tokenizer import encode
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -191,13 +192,22 @@ def test_a_sigterm_that_slurm_does_not_follow_up(box: SlurmBox, corpus, tmp_path
     assert [row["step"] for row in rows(run) if row["kind"] == "train"] == list(range(1, STEPS + 1))
 
 
-def test_texts_are_encoded_on_a_node(box: SlurmBox, tmp_path):
-    texts = write_texts(tmp_path / "texts", files=8, words=200)
+def test_texts_are_encoded_by_the_tasks_of_an_array(box: SlurmBox, tmp_path):
+    """Three tasks on two nodes, so that one of them starts later; then the same again as one task, which finds all done."""
+    texts = write_texts(tmp_path / "texts", files=90, words=50)
     model = train_model(texts, tmp_path / "tokenizer.model")
-    words = ["--tokenizer", str(model), "--input", str(texts), "--output", str(tmp_path / "shards")]
-    number = submit(box, tmp_path / "job.out", "tokenize.sh", *words, nodes=1)
-    assert box.wait(number)["JobState"] == "COMPLETED", (tmp_path / "job.out").read_text()
-    assert (tmp_path / "shards" / "manifest.json").is_file()
+    words = ["--tokenizer", str(model), "--input", str(texts), "--shard-bytes", "1"]
+    options = ["--gpus-per-node=0", "--time=10", f"--output={tmp_path}/%a.out"]
+    script = ["slurm/tokenize.sh", *words, "--output", str(tmp_path / "shards")]
+    number = box.sbatch(*options, "--array=0-2", *script, **environment())
+    for task in range(3):
+        ended = box.wait(f"{number}_{task}")["JobState"]
+        assert ended == "COMPLETED", (tmp_path / f"{task}.out").read_text()
+    assert encode.main([*words, "--output", str(tmp_path / "local"), "--quiet"]) == 0
+    assert files_of(tmp_path / "shards") == files_of(tmp_path / "local")
+    again = submit(box, tmp_path / "again.out", "tokenize.sh", *script[1:], nodes=1)
+    assert box.wait(again)["JobState"] == "COMPLETED"
+    assert "already holds this corpus" in (tmp_path / "again.out").read_text()
 
 
 @pytest.mark.slow

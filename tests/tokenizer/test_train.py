@@ -1,5 +1,6 @@
 """Training: exact round trips, reproducible bytes, reserved ids, held-out documents, refusals."""
 
+import json
 import os
 import random
 import subprocess
@@ -9,10 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from em_megatron.data.shards import ShardReader
 from em_megatron.data.vocabulary import Vocabulary
-from tests.tokenizer.small_corpus import ODD_STRINGS, train_model, write_texts
+from tests.tokenizer.small_corpus import ODD_STRINGS, run_encode, train_model, write_texts
 from tokenizer import train
-from tokenizer.corpus import find_files, hold_out, summarize, training_texts
+from tokenizer.corpus import Selection, find_files
+from tokenizer.encoding import training_texts
+from tokenizer.encoding.training_texts import all_texts, even_share, sampled_texts
+from tokenizer.readers.files import Layout
 
 
 @pytest.fixture(scope="module", params=["unigram", "bpe"])
@@ -86,13 +91,56 @@ def test_long_lines_tabs_and_nuls_are_trained_on() -> None:
     assert [len(part) for part in parts] == [1000, 1000, 500, 1, 1, 1]
 
 
-def test_held_out_documents_are_not_trained_on(texts: Path) -> None:
-    files = find_files([texts])
-    held = hold_out((summarize(file, None) for file in files), 0.2)
-    used = list(training_texts(files, None, held))
-    assert 0 < len(held) < len(files)
-    assert len(used) == len(files) - len(held)
-    assert not set(used) & {(texts / name).read_text(encoding="utf-8") for name in held}
+@pytest.mark.parametrize("how", [["--deduplicate", "id"], ["--deduplicate", "text", "--min-bytes", "60"]])
+def test_the_documents_that_encoding_holds_out_are_not_trained_on(how: list[str], model: Path, tmp_path: Path) -> None:
+    lines = [f"document {number % 30} " * (1 + number % 9) for number in range(40)]
+    entries = "".join(json.dumps({"id": f"d{number}", "text": line}) + "\n" for number, line in enumerate(lines))
+    (tmp_path / "a.jsonl").write_text(entries)
+    selection = Selection(60 if "text" in how else 0, None, how[1], 0.2)
+    texts = all_texts(find_files([tmp_path / "a.jsonl"]), Layout(), selection)
+    assert run_encode(model, tmp_path / "a.jsonl", tmp_path / "out", "--validation-fraction", "0.2", *how) == 0
+    trained = [lines[int(name[1:])] for name in ShardReader(tmp_path / "out", "train").names]
+    assert list(texts.read()) == list(texts.read()) == trained
+    assert texts.words == f"{len(ShardReader(tmp_path / 'out', 'validation'))} documents held out"
+
+
+def test_a_sample_reads_little_and_nothing_that_is_held_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        rows = [{"id": f"{number}-{row}", "text": f"{number} {row} " * 30} for row in range(300)]
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{number:02d}.jsonl").write_text(content + "damage behind what is read\n")
+    files = find_files([tmp_path])
+    found = {seed: list(sampled_texts(files, Layout(), Selection(), 60_000, seed).read()) for seed in (1, 2)}
+    assert found[1] == list(sampled_texts(files, Layout(), Selection(), 60_000, 1).read())
+    assert found[1] != found[2]
+    assert 60_000 <= sum(map(len, found[1])) < 70_000
+    assert {text.split()[0] for text in found[1]} == {str(number) for number in range(12)}
+    monkeypatch.setattr(training_texts, "SAMPLED_FILES", 2)
+    some = list(sampled_texts(files, Layout(), Selection(), 30_000, 1).read())
+    assert len({text.split()[0] for text in some}) == 2
+
+    for path in tmp_path.iterdir():
+        path.write_text(path.read_text().rpartition("damage")[0])
+    assert run_encode(model, tmp_path, tmp_path / "out") == 0
+    held = {" ".join(name.split("-")) for name in ShardReader(tmp_path / "out", "validation").names}
+    assert len(held) > 100
+    assert not held & {" ".join(text.split()[:2]) for texts in found.values() for text in texts}
+
+
+def test_a_sample_of_all_is_all_but_the_lower_half(texts: Path, tmp_path: Path) -> None:
+    whole = sampled_texts(find_files([texts]), Layout(), Selection(fraction=None), 1 << 40, 1)
+    assert sorted(whole.read()) == sorted(path.read_text(encoding="utf-8") for path in texts.iterdir())
+    output = train_model(texts, tmp_path / "m.model", "--sample-bytes", "100000", "--vocab-size", "560")
+    assert Vocabulary(output).size == 560
+
+
+def test_even_shares() -> None:
+    assert even_share([10, 10, 10], 15) == 5
+    assert even_share([1, 10, 100], 31) == 20
+    assert even_share([1, 2], 100) == 2
+    assert even_share([], 5) == 0
 
 
 @pytest.mark.parametrize(
@@ -104,6 +152,8 @@ def test_held_out_documents_are_not_trained_on(texts: Path) -> None:
         (["--input", "/nonexistent"], "does not exist"),
         (["--validation-fraction", "1.5"], "is not in [0, 1)"),
         (["--document-separator", ""], "is empty"),
+        (["--sample-bytes", "0"], "reads nothing"),
+        (["--sample-bytes", "9", "--min-bytes", "1000000"], "finds no training document"),
     ],
 )
 def test_refusals(

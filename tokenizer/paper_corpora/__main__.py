@@ -22,12 +22,12 @@ from typing import Any
 from tqdm import tqdm
 
 from em_megatron.data.manifest import DataError
-from tokenizer.encode import ordered_map
+from tokenizer.atomic import write_atomically
+from tokenizer.encoding.processes import ordered_map
 from tokenizer.paper_corpora import fineweb_edu, pg19, proof_pile
 from tokenizer.paper_corpora.convert import DOWNLOADS, RECORDS, UNFINISHED, Record, Task, convert_source
 from tokenizer.paper_corpora.download import download
 from tokenizer.paper_corpora.recipe import Recipe, Selection, SourceFile, find_local
-from tokenizer.train import write_atomically
 
 RECIPES: dict[str, Recipe] = {r.RECIPE.key: r.RECIPE for r in (pg19, proof_pile, fineweb_edu)}
 CONTENTS_NAME = "contents.json"

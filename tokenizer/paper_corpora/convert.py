@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from em_megatron.data.manifest import DataError, file_sha256
+from tokenizer.atomic import write_atomically
 from tokenizer.paper_corpora.download import download
 from tokenizer.paper_corpora.recipe import Recipe, Row, Selection, SourceFile
-from tokenizer.train import write_atomically
 
 FOLDER_FILES = 1000
 RECORDS, UNFINISHED, DOWNLOADS = "records", "unfinished", "downloads"

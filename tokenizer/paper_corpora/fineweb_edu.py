@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tokenizer.paper_corpora import hub
-from tokenizer.paper_corpora.readers import read_parquet
 from tokenizer.paper_corpora.recipe import TRAIN, Recipe, Row, Selection, SourceFile
+from tokenizer.readers.entry import Columns
+from tokenizer.readers.parquet import read_lengths, read_parquet
 
 REPOSITORY = "HuggingFaceFW/fineweb-edu"
 TEXT, LENGTH = "text", "token_count"
@@ -30,7 +31,12 @@ def list_remote(base_url: str, subset: str) -> list[SourceFile]:
 
 
 def read(path: Path, selection: Selection) -> Iterator[Row]:
-    return read_parquet(path, TEXT, LENGTH, selection)
+    """All documents; those that are too short come without their text, and row groups of only such ones are not read."""
+    lengths = read_lengths(path, TEXT, LENGTH)
+    long_enough = read_parquet(path, Columns(TEXT), wanted=lengths >= selection.min_tokens)
+    for number, tokens in enumerate(lengths.tolist()):
+        text = next(long_enough).text if tokens >= selection.min_tokens else None
+        yield Row(number, text, tokens)
 
 
 RECIPE = Recipe(

@@ -6,15 +6,25 @@ publication and address, without a header. Its list gives the size and the MD5 o
 
 import base64
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from em_megatron.data.manifest import DataError, file_sha256
 from tokenizer.paper_corpora.download import get_json
-from tokenizer.paper_corpora.readers import read_text
-from tokenizer.paper_corpora.recipe import TEST, TRAIN, VALIDATION, Recipe, SourceFile, checked_name, first_folder
+from tokenizer.paper_corpora.recipe import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Recipe,
+    Row,
+    Selection,
+    SourceFile,
+    checked_name,
+    first_folder,
+)
+from tokenizer.readers.text import read_text
 
 BUCKET = "deepmind-gutenberg"
 METADATA = "metadata.csv"
@@ -52,6 +62,10 @@ def split_of(name: str) -> str:
     if not PurePosixPath(name).stem.isdecimal():
         raise DataError(f"{name} is not named after the number of a book; move it out of the folders of PG-19")
     return first_folder(name, SPLITS)
+
+
+def read(path: Path, selection: Selection) -> Iterator[Row]:
+    return (Row(entry.position.row, entry.text) for entry in read_text(path))
 
 
 def document_path(name: str) -> str:
@@ -94,7 +108,7 @@ RECIPE = Recipe(
     suffixes=(".txt",),
     list_remote=list_remote,
     split_of=split_of,
-    read=read_text,
+    read=read,
     one_document=True,
     document_path=document_path,
     companion=METADATA,

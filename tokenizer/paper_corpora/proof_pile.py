@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from tokenizer.paper_corpora import hub
-from tokenizer.paper_corpora.readers import read_jsonl
 from tokenizer.paper_corpora.recipe import TEST, TRAIN, VALIDATION, Recipe, Row, Selection, SourceFile, first_folder
+from tokenizer.readers.entry import Columns
+from tokenizer.readers.files import JSONL_SUFFIXES
+from tokenizer.readers.jsonl import read_jsonl
 
 REPOSITORY = "hoskinson-center/proof-pile"
 TEXT = "text"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 SPLITS = {TRAIN: TRAIN, "dev": VALIDATION, VALIDATION: VALIDATION, TEST: TEST}
 
 
@@ -25,11 +26,11 @@ def split_of(name: str) -> str:
 def list_remote(base_url: str, subset: str) -> list[SourceFile]:
     """The data files on the hub. Raises DataError where they cannot be listed."""
     files = hub.list_files(base_url, REPOSITORY)
-    return [replace(file, split=split_of(file.name)) for file in files if file.name.endswith(SUFFIXES)]
+    return [replace(file, split=split_of(file.name)) for file in files if file.name.endswith(JSONL_SUFFIXES)]
 
 
 def read(path: Path, selection: Selection) -> Iterator[Row]:
-    return read_jsonl(path, TEXT)
+    return (Row(entry.position.row + 1, entry.text) for entry in read_jsonl(path, Columns(TEXT)))
 
 
 RECIPE = Recipe(
@@ -41,7 +42,7 @@ RECIPE = Recipe(
     "of arXiv and Creative Commons BY-SA for answers and wikis",
     citation="Azerbayev, Ayers, Piotrowski: Proof-Pile, Hoskinson Center for Formal Mathematics, 2022",
     size="8.3 billion tokens of GPT-NeoX's tokenizer; about 13 GB of compressed files",
-    suffixes=SUFFIXES,
+    suffixes=JSONL_SUFFIXES,
     list_remote=list_remote,
     split_of=split_of,
     read=read,
