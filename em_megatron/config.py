@@ -119,7 +119,9 @@ class DataConfig:
     )
     workers: int = option(0, "processes per rank that make micro-batches; 0: a thread of the rank does")
     prefetch: int = option(
-        4, "micro-batches made, and copied to the GPU on a stream of their own, ahead of use; 0 without workers: none"
+        4,
+        "micro-batches made, and copied to the GPU on a stream of their own, ahead of use (and as many again by workers); 0 "
+        "without workers: none",
     )
     verify_checksums: bool = option(
         True, "compare the sha256 of a shard with the manifest's before it is used, once per machine; false: sizes only"
@@ -130,7 +132,9 @@ class DataConfig:
         "EM_DATA_CACHE, else ~/.cache/em_megatron/shards",
     )
     cache_gigabytes: float = option(
-        0.0, "of fetched shards kept in cache_path, those read longest ago go first; 0: as much as there is room for"
+        0.0,
+        "of fetched shards kept in cache_path, those read longest ago go first, and their room is free when they are closed, a "
+        "group of shards later; 0: as much as there is room for",
     )
     timeout_seconds: float = option(60.0, "without a byte of a fetched shard before it is asked for again")
     attempts: int = option(10, "in a row that bring no byte more of a fetched shard before the run ends")

@@ -9,10 +9,12 @@ denominators of at most RESOLUTION, so the choices repeat after D samples, in wh
 import hashlib
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -39,16 +41,19 @@ class Phase(NamedTuple):
 
 
 def parse_blend(text: str) -> list[Entry]:
-    """`CORPUS`, or `WEIGHT CORPUS WEIGHT CORPUS ...` with at least two corpora, quoted as in a shell where it has spaces.
+    """`CORPUS`, or `WEIGHT CORPUS WEIGHT CORPUS ...`, each corpus quoted as in a shell where it has spaces.
 
-    Raises DataError for a weight that is none.
+    A text that does not begin with a number, or is a folder, is one corpus. Raises DataError for a weight that is none.
     """
+    begins_with_weight = _number(text.split(maxsplit=1)[0]) is not None if text.strip() else False
+    if not begins_with_weight or Path(text).expanduser().exists():
+        return [Entry(Fraction(1), text)]
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise DataError(f"data.path {text!r} cannot be read ({error}); quote it as in a shell") from None
-    if len(words) < 2 or len(words) % 2 or text.startswith("pipe:") or _number(words[0]) is None:
-        return [Entry(Fraction(1), text)]
+    if len(words) % 2:
+        raise DataError(f"data.path {text!r} is no list of weights and corpora; write WEIGHT CORPUS WEIGHT CORPUS")
     entries = []
     for weight, location in zip(words[::2], words[1::2], strict=True):
         number = _number(weight)
@@ -64,9 +69,9 @@ def parse_changes(texts: Sequence[str], corpora: int) -> list[tuple[int, list[Fr
     """`SAMPLE WEIGHT WEIGHT ...` each. Raises DataError for one that is not of this form, or out of order."""
     found: list[tuple[int, list[Fraction]]] = []
     for text in texts:
-        first, *others = text.split()
+        first, *others = text.split() or [""]
         weights = [_number(word) for word in others]
-        if not first.isdigit() or len(weights) != corpora or None in weights:
+        if not re.fullmatch("[0-9]+", first) or len(weights) != corpora or None in weights:
             raise DataError(
                 f"data.blend_changes has {text!r}; write the sample from which it holds and a weight of at least 0 for each "
                 f"of the {corpora} corpora of data.path"

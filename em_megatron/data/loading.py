@@ -5,7 +5,10 @@ nothing is lost or read twice.
 """
 
 import logging
+import os
 import queue
+import re
+import signal
 import threading
 from collections.abc import Generator, Iterator
 from itertools import count
@@ -20,6 +23,9 @@ from em_megatron.data.stream import Batch, RankBatches
 log = logging.getLogger(__name__)
 
 RESTARTS = 3  # of the workers without a batch in between
+LONGEST_CLOSE = 5.0  # seconds to wait for a batch that is being made
+DEATH = re.compile(r"exited unexpectedly|is killed by signal")  # what DataLoader says
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class _Failed(Exception):  # noqa: N818  # not raised: it travels from a worker to the run
@@ -58,27 +64,41 @@ def load(batches: RankBatches, workers: int = 0, prefetch: int = 4) -> Generator
 def _from_workers(batches: RankBatches, workers: int, prefetch: int) -> Generator[tuple[Batch, int]]:
     index = deaths = 0
     while True:
-        loader = _loader(batches, workers, prefetch, index)
-        try:
-            for batch in loader:
-                if isinstance(batch, _Failed):
-                    raise DataError(str(batch))
-                index, deaths = index + 1, 0
-                yield batch, batches.consumed_after(index - 1)
-        except RuntimeError as error:
-            if "worker" not in str(error):
-                raise
-            deaths += 1
-            if deaths > RESTARTS:
-                raise DataError(
-                    f"data workers die again and again ({error}): look for the reason in the system's log (out of "
-                    "memory?), and give a smaller data.workers"
-                ) from None
-            log.warning("a data worker died (%s); new ones go on with the same batch", error)
+        first = index
+        index, death = yield from _until_a_death(batches, workers, prefetch, first)
+        deaths = deaths + 1 if index == first else 1
+        if deaths > RESTARTS:
+            raise DataError(
+                f"data workers die again and again ({death}): look for the reason in the system's log (out of memory? "
+                "/dev/shm full?), and give a smaller data.workers"
+            )
+        log.warning("a data worker died (%s); new ones go on with the same batch", death)
+
+
+def _until_a_death(
+    batches: RankBatches, workers: int, prefetch: int, index: int
+) -> Generator[tuple[Batch, int], None, tuple[int, str]]:
+    """Batches from `index` on; gives the next one and the reason when a worker has died. The others are ended then."""
+    loader = _loader(batches, workers, prefetch, index)
+    try:
+        for batch in loader:
+            if isinstance(batch, _Failed):
+                raise DataError(str(batch))
+            index += 1
+            yield batch, batches.consumed_after(index - 1)
+    except RuntimeError as error:
+        if not DEATH.search(str(error)):
+            raise
+        return index, str(error)
+    raise AssertionError("the numbers of the batches do not end")
 
 
 def _loader(batches: RankBatches, workers: int, prefetch: int, first: int) -> Iterator[Batch | _Failed]:
-    """Batches `first`, `first` + 1, ... Spawned workers share nothing with this process that a fork could break."""
+    """Batches `first`, `first` + 1, ... Spawned workers share nothing with this process that a fork could break.
+
+    Signals that ask the run to stop go to all processes of a rank. The run then saves, and needs its workers for that long:
+    they are born with these signals blocked, and leave the group that torchrun and Slurm send them to.
+    """
     loader: DataLoader[Any] = DataLoader(
         _Batches(batches),
         batch_size=None,
@@ -87,15 +107,28 @@ def _loader(batches: RankBatches, workers: int, prefetch: int, first: int) -> It
         prefetch_factor=max(1, -(-prefetch // workers)),
         multiprocessing_context="spawn",
         generator=torch.Generator(),  # else it would draw from the random state of the run
+        worker_init_fn=_leave_group,
     )
-    return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_group(worker: int) -> None:
+    os.setpgid(0, 0)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # forgets what came meanwhile
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which DataLoader ends a worker that does not end by itself
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def ahead[Item](items: Iterator[Item], depth: int) -> Generator[Item]:
     """The same items in the same order, with up to `depth` of them made ahead by one background thread.
 
     An exception of the source is raised here in its turn. The thread ends, and closes the source, when the returned
-    iterator is closed.
+    iterator is closed, which waits LONGEST_CLOSE at most: a shard that is being fetched takes longer.
     """
     if depth < 1:
         raise ValueError(f"prefetch depth is {depth}; give at least 1")
@@ -132,4 +165,4 @@ def ahead[Item](items: Iterator[Item], depth: int) -> Generator[Item]:
             raise entry[1]
     finally:
         closed.set()
-        thread.join()
+        thread.join(LONGEST_CLOSE)

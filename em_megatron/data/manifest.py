@@ -9,11 +9,13 @@ A corpus folder is
     validation-000000.tar, ...
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +65,7 @@ class Manifest:
     splits: Mapping[str, tuple[Shard, ...]]
     format_version: int = FORMAT_VERSION
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """sha256 over the canonical JSON: equal exactly when two corpora hold the same tokens in the same order."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -71,7 +73,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists, as they stand in manifest.json."""
-        fields = {name: value for name, value in vars(self).items() if name != "splits"}
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "splits"}
         return fields | {"splits": {split: [asdict(s) for s in shards] for split, shards in self.splits.items()}}
 
     def shards(self, split: str) -> tuple[Shard, ...]:

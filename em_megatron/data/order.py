@@ -3,6 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+# Of everything that decides which sample is which: packing, permutations, groups, the rule of blends. Another version is
+# another order, which a run that goes on refuses.
+ORDER_VERSION = 1
 PADDING = -1  # in place of a sample's number: a sample without documents
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_OPEN_BLOCKS = 256
-PACKING_VERSION = 1  # of the placements: another one where the same documents would be placed otherwise
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,15 @@ class _Packer:
                 del self.open_blocks[0]
 
 
+def check_sizes(sequence_length: int, block_length: int) -> None:
+    """Raises ValueError unless a sample is a whole number of blocks."""
+    if block_length < 1 or sequence_length < 1 or sequence_length % block_length:
+        raise ValueError(
+            f"sequence_length {sequence_length} is not a multiple of block_length {block_length}; "
+            "choose a sequence length of whole blocks"
+        )
+
+
 def pack(
     lengths: NDArray[np.int64],
     order: NDArray[np.int64],
@@ -124,11 +132,7 @@ def pack(
     than L, so that a piece starts inside its document (start > 0) if and only if it goes on from the sample before.
     Raises ValueError for lengths or sizes that cannot be packed.
     """
-    if block_length < 1 or sequence_length < 1 or sequence_length % block_length:
-        raise ValueError(
-            f"sequence_length {sequence_length} is not a multiple of block_length {block_length}; "
-            "choose a sequence length of whole blocks"
-        )
+    check_sizes(sequence_length, block_length)
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.min() < 2:
         document = int(lengths.argmin())

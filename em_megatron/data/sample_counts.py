@@ -1,16 +1,20 @@
 """How many samples the groups of a stream have, kept between starts.
 
 Where sample n lies is known once all groups before it are packed, which takes a second per million documents. A run that
-goes on far into a large corpus finds these counts here instead. They follow from the key, so that a lost file costs time
-and nothing else, and processes that write at once write the same.
+goes on far into a large corpus finds these counts here instead. They follow from the key, so that a lost or damaged file
+costs time and nothing else.
 """
 
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from em_megatron.data.sources.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -22,38 +26,65 @@ class SampleCounts:
     """
 
     def __init__(self, folder: Path | None, key: list[Any]) -> None:
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        self._path = folder / f"samples-{digest[:32]}.json" if folder else None
+        self._key = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        self.path = folder / f"samples-{self._key[:32]}.json" if folder else None
         self.counts: list[int] = self._read()
-        self._written = len(self.counts)
 
-    def look_again(self) -> None:
-        """Takes over what another process, such as a data worker, has counted meanwhile."""
+    def get(self, number: int, count: Callable[[int], int]) -> int:
+        """The samples of a group, by `count` where they are not known; groups before it come first.
+
+        Of the processes of a machine that ask at once, one counts and the others wait.
+        """
+        while number >= len(self.counts):
+            with self._alone():
+                self._look_again()
+                if number >= len(self.counts):
+                    self.counts.append(count(len(self.counts)))
+                    self._write()
+        return self.counts[number]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self.path is None:
+            yield
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = locked(self.path.with_suffix(".lock"))
+            lock.__enter__()
+        except OSError as error:
+            log.warning("the sample counts of the data are not kept (%s); every start counts again", error)
+            self.path = None
+            yield
+            return
+        try:
+            yield
+        finally:
+            lock.__exit__(None, None, None)
+
+    def _look_again(self) -> None:
         found = self._read()
         if len(found) > len(self.counts):
-            self.counts, self._written = found, len(found)
+            self.counts = found
 
-    def append(self, count: int) -> None:
-        """The next group has so many."""
-        self.counts.append(count)
-
-    def save(self) -> None:
-        """Keeps what was counted, unless another process has kept as much."""
-        if self._path is None or len(self.counts) <= max(self._written, len(self._read())):
+    def _write(self) -> None:
+        if self.path is None:
             return
-        partial = self._path.with_name(f"{self._path.name}.{os.uname().nodename}-{os.getpid()}.partial")
-        self._written = len(self.counts)
+        partial = self.path.with_name(f"{self.path.name}.{os.uname().nodename}-{os.getpid()}.partial")
         try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.counts))
-            os.replace(partial, self._path)
+            partial.write_text(json.dumps({"counts": self.counts, "sha256": self._digest(self.counts)}))
+            os.replace(partial, self.path)
         except OSError as error:
-            log.warning("the sample counts of the data were not kept (%s); a later start will count again", error)
+            log.warning("the sample counts of the data were not kept (%s); a later start counts again", error)
+            partial.unlink(missing_ok=True)
 
     def _read(self) -> list[int]:
         try:
-            found = json.loads(self._path.read_text()) if self._path else []
-        except (OSError, ValueError):
+            found = json.loads(self.path.read_text()) if self.path else {}
+            counts: list[int] = found["counts"]
+            return counts if found["sha256"] == self._digest(counts) else []
+        except (OSError, ValueError, KeyError, TypeError):
             return []
-        whole = isinstance(found, list) and all(isinstance(count, int) and count >= 0 for count in found)
-        return found if whole else []
+
+    def _digest(self, counts: list[int]) -> str:
+        return hashlib.sha256(f"{self._key} {json.dumps(counts)}".encode()).hexdigest()

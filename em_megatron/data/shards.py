@@ -5,10 +5,11 @@ the shards' indexes say where each document lies, and tokens are served by posit
 and fetched where they are not on this machine, when a document of it is asked for.
 """
 
+import errno
+import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from em_megatron.data.index import OFFSET, TEXT_BYTES, TOKENS, index_bytes, index_name, open_index
-from em_megatron.data.manifest import Manifest, Shard
+from em_megatron.data.manifest import DataError, Manifest, Shard
 from em_megatron.data.sources import Source, open_source
+from em_megatron.data.threads import in_parallel
 from em_megatron.data.writing import read_names
 
 SHARDS_KEPT = 256  # open at a time
-FETCHES = 4  # at once
 
 Opened = tuple[NDArray[np.uint8] | None, NDArray[np.int64]]  # content, where it was asked for, and index
 
@@ -30,26 +31,33 @@ Opened = tuple[NDArray[np.uint8] | None, NDArray[np.int64]]  # content, where it
 class ShardReader:
     """The documents of one split, numbered 0.. in shard order.
 
-    corpus: its folder or address, or the source of its files. manifest: the corpus' manifest.
+    corpus: its folder or address, or the source of its files. manifest: the corpus', where it was read already.
+    shards_kept: so many are open at a time, with two files each.
     first_documents: int64 [shards + 1], the number of each shard's first document, and how many there are.
 
-    File sizes of the split are checked here where that costs nothing, the sha256 of a shard before its first token is
-    handed out (`verify=False` leaves that out). Raises DataError, naming the shard, if one is missing, truncated or
+    File sizes of the split are checked here where that costs nothing (`check_sizes=False` leaves it to the moment a shard
+    is opened), the sha256 of a shard before its first token is handed out (`verify=False` leaves that out). Raises DataError, naming the shard, if one is missing, truncated or
     altered.
     """
 
     def __init__(
-        self, corpus: str | Path | Source, split: str = "train", verify: bool = True, shards_kept: int = SHARDS_KEPT
+        self,
+        corpus: str | Path | Source,
+        split: str = "train",
+        verify: bool = True,
+        shards_kept: int = SHARDS_KEPT,
+        check_sizes: bool = True,
+        manifest: Manifest | None = None,
     ) -> None:
         self.source = corpus if isinstance(corpus, Source) else open_source(corpus, verify=verify)
         self.split = split
-        self.manifest = Manifest.read(self.source)
+        self.manifest = manifest or Manifest.read(self.source)
         self.shards = self.manifest.shards(split)
         self.first_documents = np.cumsum([0] + [shard.documents for shard in self.shards], dtype=np.int64)
         self._dtype = np.dtype(self.manifest.dtype)
         self._kept = shards_kept
         self._forget()
-        for shard in self.shards:
+        for shard in self.shards if check_sizes else ():
             self.source.check(shard.name, shard.file_bytes)
             self.source.check(index_name(shard.name), index_bytes(shard.documents))
 
@@ -110,16 +118,19 @@ class ShardReader:
 
     def prepare(self, shards: Sequence[int]) -> None:
         """Fetches and checks shards and their indexes, some at a time, ahead of the first document that is asked for."""
-        with ThreadPoolExecutor(FETCHES) as pool:
-            list(pool.map(self._content, shards))
+        in_parallel(self._content, shards)
 
     def _index(self, number: int) -> NDArray[np.int64]:
         opened = self._recent(number)
         if opened is not None:
             return opened[1]
         shard = self.shards[number]
-        path = self.source.path(index_name(shard.name), index_bytes(shard.documents), shard.index_sha256)
-        index = open_index(path, shard)
+
+        def open_it() -> NDArray[np.int64]:
+            path = self.source.path(index_name(shard.name), index_bytes(shard.documents), shard.index_sha256)
+            return open_index(path, shard)
+
+        index = _opened(open_it)
         self._keep(number, (None, index))
         return index
 
@@ -128,7 +139,7 @@ class ShardReader:
         if opened is not None and opened[0] is not None:
             return opened[0], opened[1]
         index = self._index(number)
-        content = np.memmap(self._path(self.shards[number]), dtype=np.uint8, mode="r")
+        content = _opened(lambda: np.memmap(self._path(self.shards[number]), dtype=np.uint8, mode="r"))
         self._keep(number, (content, index))
         return content, index
 
@@ -141,9 +152,33 @@ class ShardReader:
 
     def _keep(self, number: int, opened: Opened) -> None:
         with self._lock:
-            self._open[number] = opened
+            if opened[0] is not None or number not in self._open:
+                self._open[number] = opened
             while len(self._open) > self._kept:
                 self._open.popitem(last=False)
 
     def _path(self, shard: Shard) -> Path:
         return self.source.path(shard.name, shard.file_bytes, shard.sha256)
+
+
+def _opened[File](open_it: Callable[[], File]) -> File:
+    """Opens a file, and once more where another process made room for its own in between."""
+    try:
+        try:
+            return open_it()
+        except FileNotFoundError:
+            return open_it()
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise DataError(
+            f"too many files are open (a process may have {limit}): raise the limit with ulimit -n, or give a smaller "
+            "data.shuffle_shards"
+        ) from None
+
+
+def allow_many_files() -> None:
+    """Raises the limit of open files as far as this process may: two for every shard that is at hand."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -13,6 +13,7 @@ Nothing depends on workers, ranks or what was read before, so the whole state of
 and get the same samples.
 """
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -25,13 +26,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from em_megatron.data.order import PADDING, permutation, slot_order
-from em_megatron.data.packing import PACKING_VERSION, PackedIndex, pack
+from em_megatron.data.manifest import DataError
+from em_megatron.data.order import ORDER_VERSION, PADDING, permutation, slot_order
+from em_megatron.data.packing import PackedIndex, check_sizes, pack
 from em_megatron.data.sample_counts import SampleCounts
+from em_megatron.data.threads import in_parallel
+
+log = logging.getLogger(__name__)
 
 Sample = dict[str, NDArray[Any]]
 Batch = dict[str, torch.Tensor]
 
+MANY_DOCUMENTS = 16_000_000  # in a group: they take some GB, and half a minute to pack
 GROUPS_KEPT = 3  # the one that is read, the next, and the one before
 DOCUMENT_ORDER, SAMPLE_ORDER, SHARD_ORDER = 0, 1, 2
 
@@ -111,24 +117,25 @@ class TokenStream:
         self.shuffle_shards = shuffle_shards
         self.groups_per_epoch = -(-(len(reader.first_documents) - 1) // shuffle_shards)
         self._counts_folder = counts_folder
+        check_sizes(sequence_length, block_length)
         self._prepare()
-        self.group(0)
 
     def _prepare(self) -> None:
         """What another process makes for itself."""
         self._groups: OrderedDict[int, Future[Group]] = OrderedDict()
         self._counts = SampleCounts(self._counts_folder, self._key())
         self._firsts = [0]  # first sample of groups 0, 1, ... as far as they were needed
+        self._begun = -1  # the group that was last begun to be read
         self._lock = threading.Lock()
         self._count_lock = threading.Lock()
 
     def _key(self) -> list[Any]:
         """Everything that the samples depend on."""
         settings = [self.sequence_length, self.block_length, self.seed, self.shuffle, self.slots, self.shuffle_shards]
-        return [PACKING_VERSION, self.reader.identity, *settings]
+        return [ORDER_VERSION, self.reader.identity, *settings]
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_groups", "_counts", "_firsts", "_lock", "_count_lock")
+        made = ("_groups", "_counts", "_firsts", "_begun", "_lock", "_count_lock")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -160,7 +167,9 @@ class TokenStream:
         shards = self._shards(epoch, place)
         firsts = self.reader.first_documents
         documents = np.concatenate([np.arange(firsts[shard], firsts[shard + 1]) for shard in shards])
-        lengths = np.concatenate([self.reader.lengths(shard) for shard in shards])
+        if len(documents) > MANY_DOCUMENTS:
+            log.warning("%s documents are mixed at once: give a smaller data.shuffle_shards", f"{len(documents):,}")
+        lengths = np.concatenate(in_parallel(self.reader.lengths, shards))
         order = self._order(len(documents), epoch, DOCUMENT_ORDER, place)
         packed = pack(lengths, order, self.sequence_length, self.block_length, rest_follows=self.slots > 0)
         packed = packed.renumbered(documents)
@@ -169,11 +178,17 @@ class TokenStream:
         return Group(packed, self._order(packed.num_samples, epoch, SAMPLE_ORDER, place))
 
     def _shards(self, epoch: int, place: int) -> list[int]:
-        """The shards of the group at a place of an epoch."""
+        """The shards of the group at a place of an epoch; groups are as equal as can be."""
+        first, stop = self._edge(place), self._edge(place + 1)
+        return sorted(self._visited(epoch)[first:stop].tolist())
+
+    def _visited(self, epoch: int) -> NDArray[np.int64]:
+        """The shards in the order of an epoch."""
         count = len(self.reader.first_documents) - 1
-        visited = self._order(count, epoch, SHARD_ORDER, 0) if self.groups_per_epoch > 1 else np.arange(count)
-        first = place * self.shuffle_shards
-        return sorted(visited[first : first + self.shuffle_shards].tolist())
+        return self._order(count, epoch, SHARD_ORDER, 0) if self.groups_per_epoch > 1 else np.arange(count)
+
+    def _edge(self, place: int) -> int:
+        return place * (len(self.reader.first_documents) - 1) // self.groups_per_epoch
 
     def _order(self, count: int, epoch: int, purpose: int, place: int) -> NDArray[np.int64]:
         if not self.shuffle:
@@ -196,28 +211,23 @@ class TokenStream:
         """
         if n < 0:
             raise ValueError(f"sample {n} does not exist; samples are numbered from 0")
+        firsts = self._firsts
         with self._count_lock:
-            return self._locate(n)
-
-    def _locate(self, n: int) -> tuple[int, int]:
-        firsts, counted = self._firsts, False
-        while firsts[-1] <= n:
-            number = len(firsts) - 1
-            if number == len(self._counts.counts):
-                self._counts.look_again()
-            if number == len(self._counts.counts):
-                self._counts.append(len(self.group(number).order))
-                counted = True
-            firsts.append(firsts[-1] + self._counts.counts[number])
-        if counted:
-            self._counts.save()
+            while firsts[-1] <= n:
+                firsts.append(firsts[-1] + self._counts.get(len(firsts) - 1, self._count))
         number = int(np.searchsorted(firsts, n, side="right")) - 1
         return number, n - firsts[number]
 
+    def _count(self, number: int) -> int:
+        return len(self.group(number).order)
+
     def epochs(self, n: int) -> float:
-        """How often the corpus was read when samples 0 to n-1 were: whole epochs, and a fraction of the next."""
+        """How often the documents were read when samples 0 to n-1 were: whole epochs, and a fraction of the next."""
         number, index = self.locate(n)
-        return (number + index / self._counts.counts[number]) / self.groups_per_epoch
+        epoch, place = divmod(number, self.groups_per_epoch)
+        documents = np.diff(self.reader.first_documents)[self._visited(epoch)]
+        before, here = documents[: self._edge(place)].sum(), documents[self._edge(place) : self._edge(place + 1)].sum()
+        return epoch + float(before + here * index / self._counts.counts[number]) / len(self.reader)
 
     @property
     def efficiency(self) -> float:
@@ -242,15 +252,23 @@ class TokenStream:
         """
         number, index = self.locate(n)
         group = self.group(number)
-        if 2 * index >= len(group.order):
-            self._look_ahead(number + 1)
+        if len(group.order) != self._counts.counts[number]:
+            raise DataError(
+                f"{self._counts.path} holds other sample counts than the corpus has; delete it, and start again"
+            )
+        self._read_ahead(number, 2 * index >= len(group.order))
         return self._build(group.packed, int(group.order[index]), *self._carried(group, index))
 
-    def _look_ahead(self, number: int) -> None:
-        """Makes a group, and its shards ready, in the background, so that reading does not stop where it begins."""
-        if self.groups_per_epoch == 1 or number in self._groups:
-            return
+    def _read_ahead(self, number: int, late: bool) -> None:
+        """In the background, gets ready the shards of a group that is begun, and late in it the next group and its shards,
+        so that reading does not stop where it begins."""
+        if self._begun < number:
+            self._begun = number
+            self._in_background(number)
+        elif late and self.groups_per_epoch > 1 and number + 1 not in self._groups:
+            self._in_background(number + 1)
 
+    def _in_background(self, number: int) -> None:
         def make() -> None:
             try:
                 self.group(number)
@@ -258,7 +276,7 @@ class TokenStream:
             except Exception:  # raised again, in its turn, by the sample that needs it
                 return
 
-        threading.Thread(target=make, name="data-look-ahead", daemon=True).start()
+        threading.Thread(target=make, name="data-read-ahead", daemon=True).start()
 
     def _carried(self, group: Group, index: int) -> tuple[int, bool, int]:
         """(history, continues, slot) of sample `index` of a group's order.

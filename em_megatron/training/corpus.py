@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from itertools import count
+from pathlib import Path
 
 from em_megatron.config import DataConfig, RunConfig
 from em_megatron.data.blend import Blend, BlendedStream, Phase, parse_blend, parse_changes, shares_of, slots_of
 from em_megatron.data.manifest import TOKENIZER_NAMES, DataError, Manifest
+from em_megatron.data.order import ORDER_VERSION
 from em_megatron.data.several import SeveralReaders
-from em_megatron.data.shards import ShardReader
-from em_megatron.data.sources import Source, SourceOptions, open_source
+from em_megatron.data.shards import ShardReader, allow_many_files
+from em_megatron.data.sources import FolderSource, Source, SourceOptions, open_source
 from em_megatron.data.sources.base import default_cache_path
 from em_megatron.data.stream import Documents, TokenStream
 from em_megatron.data.vocabulary import Vocabulary
@@ -45,7 +48,7 @@ class Corpus:
         """
         entries = parse_blend(data.path)
         sources = [open_source(entry.location, source_options(data)) for entry in entries]
-        names = _names([entry.location for entry in entries])
+        names = corpus_names([entry.location for entry in entries])
         members = tuple(
             Member(name, source, Manifest.read(source)) for name, source in zip(names, sources, strict=True)
         )
@@ -57,30 +60,42 @@ class Corpus:
                     "corpora of a blend with one"
                 )
         members[0].manifest.check_tokenizer(vocabulary)
+        allow_many_files()
+        _check_cache(members, data)
         phases = [(0, [entry.weight for entry in entries]), *parse_changes(data.blend_changes, len(entries))]
         return cls(vocabulary, members, Blend([Phase(start, shares_of(weights)) for start, weights in phases]))
 
     def identity(self, consumed_samples: int) -> str:
         """What the first samples of a run depend on, as a checkpoint keeps it."""
-        return self.blend.identity([member.manifest.identity for member in self.members], consumed_samples)
+        corpora = [member.manifest.identity for member in self.members]
+        return f"order {ORDER_VERSION}, {self.blend.identity(corpora, consumed_samples)}"
 
     def check_identity(self, expected: str, consumed_samples: int) -> None:
         """Refuses other corpora, or another blend, than those that a checkpoint was trained on (`expected`)."""
         found = self.identity(consumed_samples)
         if found != expected:
             raise DataError(
-                f"the corpus or the blend is not the one this checkpoint was trained on (identity {found[:12]}, checkpoint "
-                f"{expected[:12]}): give data.path and data.blend_changes as they were, and what is to change from sample "
+                f"the corpus or the blend is not the one this checkpoint was trained on ({found[:21]}; checkpoint: "
+                f"{expected[:21]}): give data.path and data.blend_changes as they were, and what is to change from sample "
                 f"{consumed_samples} or later in data.blend_changes; or start a new run"
             )
 
+    def slots(self, config: RunConfig) -> list[int]:
+        """Where memory is carried, how many slots of a batch belong to each corpus, else 0.
+
+        Raises:
+            DataError: they cannot be shared out so.
+        """
+        if not config.memory.carry_memory:
+            return [0] * len(self.members)
+        return slots_of(self.blend, config.training.global_batch_size)
+
     def training_stream(self, config: RunConfig) -> BlendedStream:
         """The samples of a run, packed for it."""
-        slots = config.training.global_batch_size if config.memory.carry_memory else 0
-        shared = slots_of(self.blend, slots) if slots else [0] * len(self.members)
+        shared = self.slots(config)
         readers = [self._reader(member, TRAIN, config.data) for member in self.members]
         streams = [_stream(config, reader, self.vocabulary, own) for reader, own in zip(readers, shared, strict=True)]
-        return BlendedStream(streams, self.blend, slots)
+        return BlendedStream(streams, self.blend, sum(shared))
 
     def validation_readers(self, config: RunConfig) -> dict[str, ShardReader]:
         """The held-out documents of each corpus that has some.
@@ -104,7 +119,10 @@ class Corpus:
         return _stream(config, reader, self.vocabulary, shuffle=False)
 
     def _reader(self, member: Member, split: str, data: DataConfig) -> ShardReader:
-        return ShardReader(member.source, split, shards_kept=2 * data.shuffle_shards + 8)
+        # One process of a machine looks at all files: thousands that did would keep a shared file system busy for minutes.
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        kept = 2 * data.shuffle_shards + 8
+        return ShardReader(member.source, split, shards_kept=kept, check_sizes=first, manifest=member.manifest)
 
 
 def source_options(data: DataConfig) -> SourceOptions:
@@ -116,6 +134,20 @@ def source_options(data: DataConfig) -> SourceOptions:
         attempts=data.attempts,
         verify=data.verify_checksums,
     )
+
+
+def _check_cache(members: Sequence[Member], data: DataConfig) -> None:
+    """Refuses a cache that cannot hold the two groups of shards of each corpus that are read from at a time."""
+    fetched = [member for member in members if not isinstance(member.source, FolderSource)]
+    needed = 0
+    for member in fetched:
+        sizes = sorted((shard.file_bytes for shard in member.manifest.splits.get(TRAIN, ())), reverse=True)
+        needed += sum(sizes[: 2 * data.shuffle_shards])
+    if data.cache_gigabytes and needed > data.cache_gigabytes * 1e9:
+        raise DataError(
+            f"data.cache_gigabytes {data.cache_gigabytes:g} is less than the {needed / 1e9:.3g} GB of shards that are read from "
+            "at a time: give more, or a smaller data.shuffle_shards"
+        )
 
 
 def _vocabulary(source: Source) -> Vocabulary:
@@ -148,12 +180,14 @@ def _stream(
     )
 
 
-def _names(locations: Sequence[str]) -> list[str]:
+def corpus_names(locations: Sequence[str]) -> list[str]:
     """The last parts of the locations; a number is added where one occurs twice."""
     names: list[str] = []
-    for number, location in enumerate(locations):
-        last = PurePosixPath(location).name or "corpus"
-        generic = last in ("shards", "corpus") and len(PurePosixPath(location).parts) > 1
-        name = PurePosixPath(location).parent.name if generic else last
-        names.append(f"{name}-{number}" if name in names else name)
+    for location in locations:
+        parts = ["pipe"] if location.startswith("pipe:") else [part for part in location.split("/") if part]
+        name = parts[-1] if parts else "corpus"
+        if name in ("shards", "corpus") and len(parts) > 1:
+            name = parts[-2]
+        numbered = (f"{name}-{number}" for number in count(2))
+        names.append(name if name not in names else next(other for other in numbered if other not in names))
     return names

@@ -120,7 +120,7 @@ def _row(run: Run, result: StepResult) -> dict[str, float]:
         "consumed_samples": run.state.consumed_samples,
         "consumed_tokens": run.state.consumed_tokens,
         "packing_efficiency": result.tokens / (run.config.training.global_batch_size * run.config.data.sequence_length),
-        **_epochs(run),
+        **(_epochs(run) if torch.distributed.get_rank() == 0 else {}),  # that of the row that is written
         "skipped_batches": len(run.bad.skipped),
         "memory_floats_per_sequence": memory_floats_per_sequence(
             run.config.model, run.config.memory, run.config.data.sequence_length
@@ -199,7 +199,7 @@ def _skip(run: Run, result: StepResult, metrics: MetricLog) -> None:
         "reason": result.skipped,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
-        "data_identity": run.state.data_identity,
+        "data_identity": run.corpus.identity(run.state.consumed_samples),
     }
     count = run.bad.skip(finite(row))
     if torch.distributed.get_rank() == 0:

@@ -64,6 +64,8 @@ def micro_batches(
 ) -> Generator[MicroBatch]:
     """Micro-batches on the device. On a GPU the copies go through a stream of their own, beside what computes there:
     pass them through `arrived` before use."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread, which may be one that reads ahead; it would begin with device 0
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     for batch, _ in batches:
         with torch.cuda.stream(side) if side else nullcontext():

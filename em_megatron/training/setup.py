@@ -168,6 +168,7 @@ def set_up(config: RunConfig, world_size: int) -> Run:
     """
     validate(config, world_size)
     corpus = Corpus.open(config.data)
+    corpus.slots(config)  # refuses a blend that they cannot be shared out to
     layout = initialize_layout(config)
     device = cpu_backend.device()
     seed_ranks(config.seed, layout)

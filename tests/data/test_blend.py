@@ -2,6 +2,7 @@
 
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,8 @@ def test_weights_need_not_be_round() -> None:
     [
         ("data/prose", [(1, "data/prose")]),
         ("my data", [(1, "my data")]),
+        ("bob's", [(1, "bob's")]),
+        ("1 'my data'", [(1, "my data")]),
         ("0.7 a 0.3 b", [(Fraction(7, 10), "a"), (Fraction(3, 10), "b")]),
         ("1/3 a 2 'my data'", [(Fraction(1, 3), "a"), (2, "my data")]),
         ("1 s3://x/a 1 'pipe:ssh h cat {}'", [(1, "s3://x/a"), (1, "pipe:ssh h cat {}")]),
@@ -96,11 +99,25 @@ def test_paths_and_weights(text: str, expected: list[tuple[Fraction, str]]) -> N
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("1 a x b", "has 'x' where a weight"), ("1 a -1 b", "has '-1' where"), ("1 'a", "quote it")]
+    ("text", "reason"),
+    [
+        ("1 a x b", "has 'x' where a weight"),
+        ("1 a -1 b", "has '-1' where"),
+        ("1 'a", "quote it"),
+        ("1 a 2", "no list of weights"),
+        ("2024", "no list of"),
+    ],
 )
 def test_a_weight_that_is_none_is_named(text: str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         parse_blend(text)
+
+
+def test_a_folder_whose_name_looks_like_a_blend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(parse_blend("2024 news 1 old")) == 2
+    (tmp_path / "2024 news 1 old").mkdir()
+    assert parse_blend("2024 news 1 old") == [(1, "2024 news 1 old")]
 
 
 def test_changes_are_read_and_refused() -> None:
@@ -108,6 +125,8 @@ def test_changes_are_read_and_refused() -> None:
     for texts, reason in {
         ("100 1",): "a weight of at least 0 for each of the 2 corpora",
         ("x 1 2",): "has 'x 1 2'",
+        ("",): "has ''",
+        ("\u00b2 1 2",): "write the sample",
         ("100 1 2", "100 1 1"): "sample 100 out of order",
         ("0 1 2",): "sample 0 out of order",
     }.items():

@@ -4,6 +4,8 @@ import itertools
 import logging
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,7 @@ def test_a_killed_worker_is_replaced_and_nothing_lost(
 
 
 def test_workers_that_die_again_and_again_end_the_run(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("em_megatron.data.loading.RESTARTS", 1)
+    monkeypatch.setattr("em_megatron.data.loading.RESTARTS", 0)
     batches = ahead(load(RankBatches(Killing(corpus, 3, None), 0, 2, 0, 1), workers=1, prefetch=1), 1)
     with pytest.raises(DataError, match=r"die again and again .*give a smaller data\.workers"):
         list(itertools.islice(batches, 20))
@@ -104,6 +106,58 @@ def test_a_damaged_shard_is_named_through_a_worker(corpus: Path, tmp_path: Path)
     with pytest.raises(DataError, match=r"shard file train-000001\.tar .* was altered") as caught:
         list(itertools.islice(batches, 60))
     assert "Traceback" not in str(caught.value)
+
+
+class Broken:
+    """Samples that cannot be made, by a fault of the program."""
+
+    def sample(self, n: int) -> Sample:
+        raise RuntimeError("a fault in a worker's program")
+
+
+def test_a_fault_of_the_program_is_not_taken_for_a_death() -> None:
+    batches = ahead(load(RankBatches(Broken(), 0, 2, 0, 1), workers=1, prefetch=1), 1)
+    with pytest.raises(RuntimeError, match="a fault in a worker's program"):
+        next(batches)
+
+
+STOPPED = """
+import os, signal, sys
+from itertools import islice
+from pathlib import Path
+from tests.data.test_loading import make_stream, same, take
+from em_megatron.data.loading import ahead, load
+from em_megatron.data.stream import RankBatches
+
+if __name__ == "__main__":
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    corpus = Path(sys.argv[1])
+    batches = ahead(load(RankBatches(make_stream(corpus), 0, 2, 0, 1), workers=2, prefetch=2), 1)
+    found = []
+    for batch, _ in islice(batches, 40):
+        found.append(batch)
+        if len(found) in (4, 14):
+            os.killpg(0, signal.SIGUSR1 if len(found) == 4 else signal.SIGTERM)
+    assert same(found, take(corpus, 40, 0))
+    batches.close()
+    print("all there")
+"""
+
+
+def test_signals_to_the_ranks_of_a_node_spare_the_workers(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "stopped.py"), str(corpus)],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "all there", done.stderr
+    assert "died" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_closing_ends_the_workers(corpus: Path) -> None:

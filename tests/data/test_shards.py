@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -139,3 +141,16 @@ def test_another_tokenizer_is_refused(corpus: Path, tmp_path_factory: pytest.Tem
 def test_an_unknown_split_is_named(corpus: Path) -> None:
     with pytest.raises(DataError, match="no split 'test'; it has train"):
         ShardReader(corpus, "test")
+
+
+def test_too_many_open_files_are_told(corpus: Path) -> None:
+    code = f"""
+import resource
+from em_megatron.data.shards import ShardReader
+reader = ShardReader({str(corpus)!r}, verify=False)
+reader.tokens(0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+reader.tokens(6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "too many files are open (a process may have 3): raise the limit with ulimit -n" in done.stderr

@@ -9,6 +9,7 @@ import pytest
 
 from em_megatron.data.manifest import DataError
 from em_megatron.parallel.process_groups import shutdown
+from em_megatron.training.corpus import corpus_names
 from em_megatron.training.loop import train
 from em_megatron.training.report import describe_run
 from em_megatron.training.setup import set_up
@@ -115,3 +116,19 @@ def test_a_run_reads_from_an_address_as_from_the_folder(chain_corpus: Path, tmp_
         server.close()
     assert fetched == run(str(chain_corpus), tmp_path / "folder")
     assert any((tmp_path / "cache").rglob("*.tar"))
+
+
+def test_a_cache_too_small_for_what_is_read_at_a_time_is_refused(chain_corpus: Path, tmp_path: Path) -> None:
+    server = FolderServer(chain_corpus)
+    try:
+        with pytest.raises(
+            DataError, match=r"cache_gigabytes 1e-06 is less than .* give more, or a smaller data\.shuffle"
+        ):
+            run(server.url, tmp_path, f"data.cache_path={tmp_path}/cache", "data.cache_gigabytes=1e-6")
+    finally:
+        server.close()
+
+
+def test_names_of_corpora() -> None:
+    locations = ["x/a-2", "y/a", "z/a", "s3://bucket/books/shards", "pipe:cat x/{}", "pipe:cat y/{}", "http://host/"]
+    assert corpus_names(locations) == ["a-2", "a", "a-3", "books", "pipe", "pipe-2", "host"]

@@ -1,5 +1,6 @@
 """A corpus in a folder of this machine or of a shared file system."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -53,6 +54,8 @@ class FolderSource(Source):
             try:
                 found = verified_sha256(path, sha256, self._options.cache_path / "verified")
             except OSError as error:
+                if error.errno == errno.EMFILE:  # nothing is wrong with the file
+                    raise
                 raise DataError(
                     f"shard file {name} in {self.folder} cannot be read ({error.strerror}); {MEND}"
                 ) from None
