@@ -22,7 +22,7 @@ from em_megatron.data.blend import (
 )
 from em_megatron.data.manifest import DataError
 from em_megatron.data.stream import TokenStream
-from tests.data.handmade import CountingReader
+from tests.data.handmade import SPACING, CountingReader
 
 T, L = 8, 4
 
@@ -147,11 +147,11 @@ def test_the_identity_covers_what_was_read_and_nothing_later() -> None:
     assert alone.identity(["a"], 40) == joined.identity(names, 40) == "a" != joined.identity(names, 41)
 
 
-def make_stream(number: int, slots: int = 0) -> TokenStream:
+def make_stream(number: int, slots: int = 0, shards: int = 1) -> TokenStream:
     """Corpora whose ids tell them apart: ids of corpus c are above c·10^7."""
     lengths = [7, 4, 30, 2, 3, 12, 9, 5, 5, 21, 6, 40 + number]
-    reader = CountingReader(lengths, first_id=10_000_000 * number)
-    return TokenStream(reader, T, L, seed=5, pad_id=-1, slots=slots)
+    reader = CountingReader(lengths, shards, first_id=10_000_000 * number)
+    return TokenStream(reader, T, L, seed=5, pad_id=-1, slots=slots, shuffle_shards=2)
 
 
 def corpus_of(tokens: np.ndarray) -> int:
@@ -172,17 +172,20 @@ def test_a_blended_stream_gives_each_corpus_its_own_order() -> None:
     assert epochs[0] == pytest.approx(40 / alone[0].num_samples(), rel=0.1)
 
 
-def test_with_slots_each_corpus_keeps_its_own() -> None:
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_with_slots_each_corpus_keeps_its_own(shards: int) -> None:
     mixed, G = blend((0, fractions(3, 1))), 4
     shared = slots_of(mixed, G)
     assert shared == [3, 1]
-    stream = BlendedStream([make_stream(c, slots) for c, slots in enumerate(shared)], mixed, G)
+    stream = BlendedStream([make_stream(c, slots, shards) for c, slots in enumerate(shared)], mixed, G)
     owners = [{mixed.choose(n)[0] for n in range(slot, 200, G)} for slot in range(G)]
     assert sorted(map(sorted, owners)) == [[0], [0], [0], [1]]
     continued = 0
-    for n in range(120):
+    read = Counter[int]()
+    for n in range(200):
         sample, after = stream.sample(n), stream.sample(n + G)
         assert sample["slot"] == n % G
+        read.update(sample["tokens"][sample["loss_mask"] == 1].tolist())
         if sample["continues"]:
             continued += 1
             last = sample["tokens"][sample["segment_ids"] == sample["segment_ids"].max()][-1]
@@ -191,6 +194,14 @@ def test_with_slots_each_corpus_keeps_its_own() -> None:
         else:
             assert after["history"] == 0
     assert continued > 10
+    for number, member in enumerate(
+        stream.streams
+    ):  # whole epochs hold every token as often, the begun one once at most
+        epochs = int(stream.epochs(200)[number])
+        lengths = member.reader.document_lengths.tolist()
+        ids = [10_000_000 * number + SPACING * d + k for d, length in enumerate(lengths) for k in range(length - 1)]
+        assert epochs >= 1
+        assert {read[i] - epochs for i in ids} <= {0, 1}
 
 
 def test_slots_that_cannot_be_shared_out_are_refused() -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from em_megatron.data import stream as module
-from em_megatron.data.manifest import DataError
+from em_megatron.data.manifest import DataError, Manifest
 from em_megatron.data.sample_counts import SampleCounts
 from em_megatron.data.shards import ShardReader
 from em_megatron.data.stream import TokenStream
+from em_megatron.data.writing import EncodedDocument, write_shard
 from tests.data.handmade import PAD, CountingReader, write_corpus
 
 T, L = 8, 4
@@ -190,6 +191,7 @@ from pathlib import Path
 from em_megatron.data.shards import ShardReader
 from em_megatron.data.sources import FolderSource
 from em_megatron.data.stream import TokenStream
+from em_megatron.data.writing import EncodedDocument, write_shard
 
 class Slow(FolderSource):
     def path(self, name, size, sha256):
@@ -208,6 +210,26 @@ time.sleep(0.5)
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True, timeout=50)
     assert time.monotonic() - started < 40
+
+
+def test_a_document_of_50_million_tokens(tmp_path: Path) -> None:
+    length, T, L = 50_000_003, 1 << 20, 1 << 16
+    ids = np.arange(length, dtype=np.uint16)  # repeats itself, but says where it stands within 65,536
+    documents = [EncodedDocument("long", ids.tobytes(), length), EncodedDocument("short", b"\2\0\3\0", 0)]
+    shard = write_shard(tmp_path, "train-000000.tar", documents, "<u2")
+    assert shard is not None
+    Manifest("t" * 64, 65_536, "<u2", "s" * 64, {"train": (shard,)}).save(tmp_path)
+    for slots in (0, 1):
+        stream = TokenStream(ShardReader(tmp_path), T, L, 1, PAD, slots=slots)
+        pairs, starts = 0, []
+        for n in range(stream.num_samples()):
+            sample = stream.sample(n)
+            real = sample["segment_ids"] == 1
+            pairs += int(sample["loss_mask"].sum())
+            assert np.all((sample["labels"][real] - sample["tokens"][real]) % 65_536 == 1)
+            starts.append(int(sample["history"]))
+        assert pairs == length
+        assert (max(starts) == 47 * T) == (slots == 1)
 
 
 def test_no_shard_to_mix_is_refused() -> None:
