@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Encodes texts into shards on nodes without GPUs, with as many workers on each as it has cores. The tasks of an array
-# share the work, whenever each of them starts; the last one writes the manifest. Submitting the same again goes on.
+# share the work, whenever each of them starts, and take over from those that die. Submitting the same again goes on.
 # usage: sbatch [--array=0-31] slurm/tokenize.sh --tokenizer PATH --input TEXTS --output data/NAME [option of tokenizer.encode ...]
 #SBATCH --job-name=tokenize
 #SBATCH --nodes=1

@@ -2,13 +2,13 @@
 
     python -m tokenizer.encode --tokenizer tokenizer.model --input texts --output corpus
 
-Inputs are .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files. A document is stored as bos, its ids, eos. The
+Inputs are .txt, .parquet and .jsonl files, .jsonl.gz, .jsonl.zst, .json.gz and .json.zst among them. A document is stored as bos, its ids, eos. The
 output holds train-000000.tar, ..., validation-000000.tar, ..., an index (.idx) beside each, the tokenizer,
 inputs.json and, written last, manifest.json: a folder without it is unfinished.
 
 Any number of processes: the same command may run many times at once, on any machines that see the folder, from the
-start or later; they share the work without a coordinator, and the last one writes the manifest. The shards are the
-same bytes whatever the number of processes and --workers, and whatever was killed and started again.
+start or later; they share the work without a coordinator, take over from those that die, and end when all is done. The
+shards are the same bytes whatever the number of processes and --workers, and whatever was killed and started again.
 
 The work has three parts. All inputs are read once to find their documents (a file is the unit; small ones go
 together). One process plans the shards, in 35 bytes of memory a document (43 with --deduplicate text). Each shard is
@@ -19,7 +19,7 @@ worker.
 
 Running the same command again goes on: inputs that were read and shards that are finished are kept. On a finished
 folder it does nothing, and reads only files whose time has changed. Other inputs, options or another tokenizer are
-refused as soon as a shard is there, unless --overwrite is given.
+refused as soon as a shard is there, unless --overwrite is given; a finished corpus then stays until the new one is whole.
 """
 
 import argparse
@@ -70,13 +70,13 @@ def request_of(arguments: argparse.Namespace) -> Request:
     return Request(job, vocabulary, layout, selection, arguments.shard_bytes, workers, arguments.quiet)
 
 
-def encode(arguments: argparse.Namespace) -> Manifest | None:
-    """Encodes a corpus, or this command's share of it; None where other processes are still at the rest.
+def encode(arguments: argparse.Namespace) -> Manifest:
+    """Encodes a corpus, or this command's share of it, and waits for the rest.
 
     Raises DataError for what is refused, cannot be read or cannot be written.
     """
     request = request_of(arguments)
-    if prepare(request.job, arguments.overwrite):
+    if prepare(request.job, request.vocabulary, arguments.overwrite):
         print(f"{arguments.output} already holds this corpus; nothing to do")
         return Manifest.load(arguments.output)
     with Claims(request.job.work / "claims") as claims, ended_by_signals(claims):
@@ -158,9 +158,8 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if manifest:
-        for split in manifest.splits:
-            print(summary_line(manifest, split))
+    for split in manifest.splits:
+        print(summary_line(manifest, split))
     return 0
 
 

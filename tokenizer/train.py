@@ -2,9 +2,9 @@
 
     python -m tokenizer.train --input texts --output tokenizer.model --vocab-size 2048
 
-Inputs are .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files. Only the training documents are used; which ones
-those are depends on the options and on the documents' ids and sizes alone (with --deduplicate text, on their texts), so
-tokenizer.encode with the same options holds out the same ones.
+Inputs are .txt, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .json.zst and .parquet files. Only the training documents are
+used; which ones those are depends on the options and on the documents' ids and sizes alone (with --deduplicate text, on
+their texts), so tokenizer.encode with the same options holds out the same ones.
 
 All inputs are read twice: to find the training documents, and to draw lines from them. With --sample-bytes only about
 as much as it says is read: from the beginnings of input files that are drawn by --seed, documents whose id comes in
@@ -203,6 +203,14 @@ def main(argv: list[str] | None = None) -> int:
         run(arguments)
     except DataError as error:
         print(f"tokenizer.train: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        print(
+            f"tokenizer.train: cannot read or write{place} ({error.strerror or error}); mend that, and run the same "
+            "command again",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

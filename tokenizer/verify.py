@@ -4,9 +4,13 @@
 
 Compared are, shard by shard: size and sha256 of the tar and of its index; the tar's headers and the description beside
 each document against the index; every id against the size of the vocabulary; bos and eos around every document; and,
-where the tokenizer gives texts back exactly, the bytes that the ids stand for. Each bad shard is named with the first
-thing that is wrong with it. The exit status is 0 for a corpus without fault, 1 for one with a fault, and 2 where there
-is nothing to compare.
+where the tokenizer gives texts back exactly, the bytes that the ids stand for. Keys of ids in the index are covered by
+its sha256 alone: the tar holds a document's name, which may be another than its id. Each bad shard is named with the
+first thing that is wrong with it, and so is a tar or index that the manifest does not list. The exit status is 0 for a
+corpus without fault, 1 for one with a fault, and 2 where there is nothing to compare.
+
+A bad shard is mended by deleting its .tar and running the same tokenizer.encode command again: it encodes the shards
+that are missing, and no others.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from em_megatron.data.index import OFFSET, TEXT_BYTES, TOKENS, index_bytes, index_name, open_index
+from em_megatron.data.index import INDEX_SUFFIX, OFFSET, TEXT_BYTES, TOKENS, index_bytes, index_name, open_index
 from em_megatron.data.manifest import DataError, Manifest, Shard, file_sha256
 from em_megatron.data.vocabulary import Vocabulary, find_tokenizer
 from em_megatron.data.writing import JSON_SUFFIX, TOKENS_SUFFIX
@@ -45,6 +49,10 @@ class BadShardError(Exception):
     """What is wrong with a shard, as half a sentence."""
 
 
+MEND_SHARD = (
+    "delete the .tar of each shard that is named and run the same tokenizer.encode command again, which encodes the "
+    "missing shards alone; or copy them again"
+)
 _vocabulary = lru_cache(maxsize=1)(Vocabulary)  # one per worker process
 
 
@@ -52,10 +60,10 @@ def fault(task: Task) -> str:
     """The first thing that is wrong with a shard; "" for none."""
     try:
         _check_files(task)
-        index = open_index(task.folder / index_name(task.shard.name), task.shard)
+        index = _opened_index(task)
         _check_members(task, index)
         _check_ids(task, index)
-    except (BadShardError, DataError) as error:
+    except BadShardError as error:
         return str(error)
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
@@ -78,6 +86,13 @@ def _check_files(task: Task) -> None:
             raise BadShardError(f"{name} is {kind}: {found} bytes, the manifest says {size}")
         if (content := file_sha256(path)) != sha256:
             raise BadShardError(f"{name} was altered: its sha256 is {content[:12]}, the manifest says {sha256[:12]}")
+
+
+def _opened_index(task: Task) -> NDArray[np.int64]:
+    try:
+        return open_index(task.folder / index_name(task.shard.name), task.shard)
+    except DataError as error:
+        raise BadShardError(str(error).partition("; ")[0]) from None  # what mends it is said once, for all shards
 
 
 def _check_members(task: Task, index: NDArray[np.int64]) -> None:
@@ -147,9 +162,13 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> tuple[Path | None, str]
     """The corpus' tokenizer, None where it cannot be used, and what is wrong with it, "" for nothing."""
     try:
         vocabulary = Vocabulary(find_tokenizer(folder))
-        manifest.check_tokenizer(vocabulary)
     except DataError as error:
         return None, str(error)
+    if vocabulary.sha256 != manifest.tokenizer_sha256:
+        return None, (
+            f"the corpus was encoded with another tokenizer than {vocabulary.path.name} beside its manifest (sha256 "
+            f"{manifest.tokenizer_sha256[:12]}, this one has {vocabulary.sha256[:12]}); copy the right one there"
+        )
     if vocabulary.size != manifest.vocab_size:
         return None, f"{vocabulary.path.name} has {vocabulary.size} ids, the manifest says {manifest.vocab_size}"
     return vocabulary.path, ""
@@ -162,8 +181,18 @@ def chosen_shards(manifest: Manifest, splits: Sequence[str]) -> list[Shard]:
     return [shard for split in splits for shard in manifest.shards(split)]
 
 
+def extra_files(folder: Path, manifest: Manifest, splits: Sequence[str]) -> list[str]:
+    """Names of tars and indices in the folder that the manifest does not list; of these splits, of all for none."""
+    shards = chosen_shards(manifest, ())
+    listed = {name for shard in shards for name in (shard.name, index_name(shard.name))}
+    found = (path.name for path in folder.iterdir() if path.suffix in (".tar", INDEX_SUFFIX))
+    return sorted(
+        name for name in found if name not in listed and (not splits or name.startswith(tuple(f"{s}-" for s in splits)))
+    )
+
+
 def verify(folder: Path, splits: Sequence[str], workers: int, quiet: bool = False) -> Iterator[tuple[str, str]]:
-    """Name and fault of everything in a corpus that is wrong, shards in their order.
+    """Name and fault of everything in a corpus that is wrong, shards in their order, then files that do not belong.
 
     splits: which to read; none means all. Raises DataError where there is no corpus, or no such split.
     """
@@ -179,6 +208,8 @@ def verify(folder: Path, splits: Sequence[str], workers: int, quiet: bool = Fals
             progress.update(shard.file_bytes)
             if found:
                 yield shard.name, found
+    for name in extra_files(folder, manifest, splits):
+        yield name, "lies in the folder but not in the manifest; delete it"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -206,18 +237,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints a line for each fault and a summary; the number of faults. Raises DataError."""
     if arguments.workers < 1:
         raise DataError(f"--workers {arguments.workers}: give at least 1")
-    started, faults = time.monotonic(), 0
+    started, named = time.monotonic(), []
     for name, found in verify(arguments.corpus, arguments.split, arguments.workers, arguments.quiet):
-        faults += 1
+        named.append(name)
         tqdm.write(f"{name}: {found}")
     shards = chosen_shards(Manifest.load(arguments.corpus), arguments.split)
     size, seconds = sum(shard.file_bytes for shard in shards), time.monotonic() - started
     counts = [f"{sum(getattr(shard, unit) for shard in shards):,} {unit}" for unit in ("documents", "tokens")]
-    verdict = f"{faults} FAULTS: fetch what is named again, or encode again" if faults else "no fault"
+    bad_shards = not {shard.name for shard in shards}.isdisjoint(named)
+    verdict = f"{len(named)} FAULTS{f': {MEND_SHARD}' if bad_shards else ''}" if named else "no fault"
     print(
         f"{arguments.corpus}: {len(shards)} shards, {', '.join(counts)}, {size / 1e6:,.1f} MB in {seconds:.1f} s: {verdict}"
     )
-    return faults
+    return len(named)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,6 +258,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if run(arguments) else 0
     except DataError as error:
         print(f"tokenizer.verify: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        print(f"tokenizer.verify: cannot read{place} ({error.strerror or error}); mend that", file=sys.stderr)
         return 2
 
 

@@ -51,5 +51,5 @@ def open_index(path: Path, shard: Shard) -> NDArray[np.int64]:
             return table
     raise DataError(
         f"the index {path.name} of shard {shard.name} in {path.parent} was altered: its documents, tokens or bytes are "
-        "not those of the manifest; copy it again or encode the corpus again"
+        "not those of the manifest; copy it again, or delete the shard and run tokenizer.encode again"
     )

@@ -1,5 +1,6 @@
 """Encoding: reproducible shards, the split, what is left out, reuse, refusals."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -58,7 +59,7 @@ def test_documents_come_back_exactly(model: Path, tmp_path: Path) -> None:
         reader = ShardReader(tmp_path / "out", split)
         reader.manifest.check_tokenizer(vocabulary)
         for document, name in enumerate(reader.names):
-            content = (mixed / name).read_bytes()
+            content = (mixed / name).read_bytes().removeprefix(codecs.BOM_UTF8)
             ids = reader.tokens(document)
             assert ids[0] == vocabulary.bos_id
             assert ids[-1] == vocabulary.eos_id
@@ -160,10 +161,18 @@ def test_a_damaged_shard_alone_is_encoded_again(
     shard.write_bytes(shard.read_bytes()[:-1])
     (out / "train-000002.idx").unlink()
     assert run_encode(model, texts, out, "--shard-bytes", "9000") == 0
-    assert "train-000001.tar, train-000002.tar missing or truncated" in capsys.readouterr().err
+    assert "train-000001.tar, train-000002.tar missing or damaged" in capsys.readouterr().err
     assert files_of(out) == before
     again = {path.name for path in out.glob("*.tar") if path.stat().st_mtime_ns != stamps[path.name]}
     assert again == {"train-000001.tar", "train-000002.tar"}
+
+
+def test_a_damaged_manifest_is_made_again(model: Path, texts: Path, tmp_path: Path) -> None:
+    assert run_encode(model, texts, tmp_path) == 0
+    before = files_of(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    assert run_encode(model, texts, tmp_path) == 0
+    assert files_of(tmp_path) == before
 
 
 def test_two_files_of_one_name_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

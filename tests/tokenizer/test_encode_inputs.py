@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -13,10 +16,12 @@ import pytest
 import zstandard
 
 from em_megatron.data.index import document_key
+from em_megatron.data.manifest import DataError
 from em_megatron.data.shards import ShardReader
 from em_megatron.data.vocabulary import Vocabulary
 from tests.tokenizer.small_corpus import ODD_STRINGS, files_of, run_encode, train_model
 from tests.tokenizer.test_encode import names_of
+from tokenizer import corpus
 from tokenizer.readers import streams
 from tokenizer.readers.files import Layout, read_documents
 
@@ -150,6 +155,137 @@ def test_held_out_files_lose_what_the_training_files_have(model: Path, tmp_path:
 
 
 GOOD = jsonl(rows(["one", "two", "three" * 9000]))
+ALL = ["--validation-fraction", "0"]
+
+
+def test_json_of_other_endings_links_and_what_is_passed_over(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs, other = tmp_path / "in", tmp_path / "other"
+    for folder in (inputs / "deep", other):
+        folder.mkdir(parents=True)
+    (inputs / "a.json.gz").write_bytes(gzip.compress(jsonl([{"text": "one"}, {"text": "two\n\nthree"}])))
+    (inputs / "b.json.zst").write_bytes(zstandard.compress(jsonl([{"text": "four"}])))
+    (other / "c.txt").write_text("five\n\nsix")
+    (inputs / "linked").symlink_to(other)
+    (inputs / "deep" / "loop").symlink_to(inputs)
+    (other / "back").symlink_to(inputs)
+    for name in ("x.md", "y.md", "x.csv", "LICENSE", "deep/contents.json", "deep/x.tsv.gz"):
+        (inputs / name).write_text("passed over")
+    assert run_encode(model, inputs, tmp_path / "out", *ALL, "--document-separator", "\\n\\n") == 0
+    said = capsys.readouterr()
+    assert said.err == "passed over: 2 .md, 1 .csv, 1 .json, 1 .tsv.gz, 1 without an ending\n"
+    assert "passed over" not in said.out
+    names = ["a.json.gz#000000", "a.json.gz#000001", "b.json.zst#000000", "linked/c.txt#000000", "linked/c.txt#000001"]
+    assert names_of(tmp_path / "out", "train") == names
+
+
+def test_many_endings_are_summed_up() -> None:
+    assert corpus.passed_over_words(Counter({f".{n}": n for n in range(1, 10)})).endswith("4 .4, 6 of other endings")
+
+
+def test_inputs_that_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = tmp_path / "in"
+    (inputs / "sub").mkdir(parents=True)
+    (inputs / "sub" / "a.txt").write_text("a text")
+
+    def refused(*options: str) -> str:
+        assert run_encode(model, inputs, tmp_path / "out", *ALL, *options) == 2
+        return capsys.readouterr().err
+
+    assert "sub/a.txt (as a.txt) are one file; give inputs that do not hold" in refused(
+        "--input", str(inputs), str(inputs / "sub")
+    )
+    (inputs / "twice").symlink_to("sub")
+    assert "sub/a.txt (as sub/a.txt) and" in refused()
+    (inputs / "twice").unlink()
+    for name, target in (("gone.txt", "nowhere"), ("gone", "nowhere"), ("self.txt", "self.txt")):
+        (inputs / name).symlink_to(target)
+        assert f"{inputs / name} is a link to {target}, which is not there" in refused()
+        (inputs / name).unlink()
+    odd = Path(os.fsdecode(os.fsencode(inputs) + b"/caf\xe9.txt"))
+    odd.write_text("a text")
+    assert f"the name of the file {inputs}/caf\\xe9.txt is not UTF-8; rename it" in refused()
+    odd.unlink()
+    os.mkfifo(tmp_path / "pipe")
+    assert "is neither a file nor a folder" in refused("--input", str(tmp_path / "pipe"))
+    (inputs / "sub" / "a.txt").rename(inputs / "a.json")
+    assert f"no file of documents in {inputs} (passed over: 1 .json); give files" in refused()
+    assert not (tmp_path / "out").exists()
+
+
+def test_null_is_empty_in_both_formats(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries: list[Any] = [{"id": 1.0, "text": "one"}, {"id": 2.0, "text": None}, {"id": None, "text": "three"}]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(entries))
+    write_parquet(tmp_path / "a.parquet", entries)
+    for name in ("a.jsonl", "a.parquet"):
+        assert run_encode(model, tmp_path / name, tmp_path / f"{name}.out", *ALL) == 0
+        assert "1 empty documents are left out" in capsys.readouterr().err
+        assert names_of(tmp_path / f"{name}.out", "train") == ["1", f"{name}#000002"]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_byte_order_marks(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "CHUNK", chunk)
+    (tmp_path / "a.txt").write_text("\ufeffone|\ufefftwo|three")
+    (tmp_path / "a.jsonl").write_text('\ufeff\n{"text": "one"}\n{"text": "\ufefftwo"}\n')
+    (tmp_path / "b.jsonl").write_text('\ufeff{"text": "one"}\n{"text": "two"}\n')
+    found = {"a.txt": ["one", "\ufefftwo", "three"], "a.jsonl": ["one", "\ufefftwo"], "b.jsonl": ["one", "two"]}
+    for name, expected in found.items():
+        entries = list(read_documents(tmp_path / name, Layout("|")))
+        assert [entry.text for entry in entries] == expected
+        for number, entry in enumerate(entries):  # and from each place on
+            assert list(read_documents(tmp_path / name, Layout("|"), entry.position)) == entries[number:]
+    assert [entry.text for entry in read_documents(tmp_path / "a.txt", Layout())] == ["one|\ufefftwo|three"]
+    (tmp_path / "a.txt").write_bytes("\ufeffcaf".encode() + b"\xe9")
+    with pytest.raises(DataError, match=r"offset 6 \(byte 0xe9\)"):
+        list(read_documents(tmp_path / "a.txt", Layout()))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"text": b"x"}, "column text is of type binary; name a column of strings with --text-column"),
+        ({"text": 1}, "column text is of type int64"),
+        ({"text": ["x"]}, "column text is of type list<"),
+        ({"id": b"x"}, "column id is of type binary; name a column of strings or integers with --id-column"),
+        ({"id": True}, "column id is of type bool"),
+        ({"id": 1.5}, "row 1: column id holds 1.5; name a column"),
+    ],
+)
+def test_columns_of_other_types(values: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    texts = pyarrow.array(["one", "two"]).dictionary_encode()
+    good = {"text": texts, "id": pyarrow.array([1.0, None]) if "id" not in values else None}
+    columns = {name: good[name] if name not in values else [None, values[name]] for name in good}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=re.escape(f"a.parquet: {reason}")):
+        list(read_documents(tmp_path / "a.parquet", Layout()))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": 1}', "line 2: column text is of type int; name a column of strings with --text-column"),
+        ('{"text": ["x"]}', "line 2: column text is of type list"),
+        ('{"text": "x", "id": 1.5}', "line 2: column id holds 1.5; name a column of strings or integers"),
+        ('{"text": "x", "id": NaN}', "line 2: column id holds nan"),
+        ('{"text": "x", "id": {}}', "line 2: column id is of type dict"),
+        ('{"text": "x", "id": true}', "line 2: column id is of type bool"),
+    ],
+)
+def test_values_of_other_types(line: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "x"}}\n{line}\n')
+    with pytest.raises(DataError, match=re.escape(f"a.jsonl: {reason}")):
+        list(read_documents(tmp_path / "a.jsonl", Layout()))
+
+
+@pytest.mark.parametrize("name", ["text", "id"])
+def test_a_column_that_is_there_twice(name: str, tmp_path: Path) -> None:
+    texts = pyarrow.array(["one", "two"])
+    table = pyarrow.Table.from_arrays([texts, texts, texts], names=["text", "id", name])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=f"has 2 columns of the name {name}; write it with one of them"):
+        list(read_documents(tmp_path / "a.parquet", Layout()))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from em_megatron.data.manifest import MANIFEST_NAME, DataError, Manifest
 from em_megatron.data.shards import ShardReader
 from tests.tokenizer.small_corpus import files_of, run_encode, write_texts
 from tests.tokenizer.test_encode import wait_until
-from tokenizer.encoding import claims
+from tokenizer.encoding import claims, folder, shards
 from tokenizer.encoding.claims import Claims
 
 SHARDS = ["--shard-bytes", "1", "--quiet"]  # a shard per document, so it takes a while
@@ -60,10 +60,15 @@ def start(model: Path, texts: Path, out: Path, workers: int, *options: str) -> s
     )
 
 
+def work_of(out: Path) -> Path:
+    """The folder of an unfinished encoding; one that is not there before it is begun."""
+    return next(iter(out.glob(".encode-*")), out / "none")
+
+
 def records(out: Path) -> dict[str, int]:
     """The finished shards of an unfinished folder, and when their tars were written."""
-    names = [path.stem for path in (out / "work" / "shards").glob("*.tar.json")]
-    return {name: (out / name).stat().st_mtime_ns for name in names}
+    names = [path.stem for path in (work_of(out) / "shards").glob("*.tar.json")]
+    return {name: (work_of(out) / "made" / name).stat().st_mtime_ns for name in names}
 
 
 def assert_goes_on(model: Path, texts: Path, out: Path, undisturbed: dict[str, bytes]) -> None:
@@ -97,7 +102,7 @@ def test_a_worker_is_killed(model: Path, many: Path, undisturbed: dict[str, byte
     out = tmp_path / "out"
     process = start(model, many, out, 2, *SHARDS)
     wait_until(lambda: len(records(out)) > 5)
-    writers = {int(path.name.split("-")[-1].split(".")[0]) for path in out.glob("*.tar.*.partial")}
+    writers = {int(path.name.split("-")[-1].split(".")[0]) for path in out.rglob("*.tar.*.partial")}
     workers = [c.pid for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
     os.kill(next(iter(writers & set(workers)), workers[0]), signal.SIGKILL)
     said = process.communicate(timeout=60)[1]
@@ -116,7 +121,7 @@ def test_a_signal_ends_the_command_and_its_claims(
     process.terminate()
     assert "run the same command again to go on" in process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM
-    assert list((out / "work" / "claims").iterdir()) == []
+    assert list((work_of(out) / "claims").iterdir()) == []
     assert_goes_on(model, many, out, undisturbed)
 
 
@@ -126,8 +131,7 @@ def test_commands_at_once_share_the_work(
     processes = [start(model, many, tmp_path / "out", workers, *SHARDS) for workers in (1, 2, 1)]
     said = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
-    assert all("train: 2" in out or "the last one writes the manifest" in out for out, _ in said)
-    assert any("train: 2" in out for out, _ in said)
+    assert all("train: 2" in out for out, _ in said)
     assert files_of(tmp_path / "out") == undisturbed
 
 
@@ -152,8 +156,8 @@ def unfinished(model: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_full_disk(model: Path, unfinished: tuple[Path, Path], tmp_path: Path) -> None:
     texts, out = unfinished
-    assert not list(out.glob("*partial"))
-    assert list((out / "work" / "claims").iterdir()) == []
+    assert not list(out.rglob("*.tar*partial"))
+    assert list((work_of(out) / "claims").iterdir()) == []
     assert run_encode(model, texts, out, *SHARDS) == 0
     assert run_encode(model, texts, tmp_path / "fresh", *SHARDS) == 0
     assert files_of(out) == files_of(tmp_path / "fresh")
@@ -163,9 +167,9 @@ def test_a_full_disk(model: Path, unfinished: tuple[Path, Path], tmp_path: Path)
 def holder(unfinished: tuple[Path, Path]) -> Iterator[subprocess.Popen[str]]:
     """Another process that has claimed the shards that are left."""
     _, out = unfinished
-    plan = json.loads((out / "work" / "plan" / "plan.json").read_bytes())
+    plan = json.loads((work_of(out) / "plan" / "plan.json").read_bytes())
     left = [shard[0] for shard in plan["shards"] if shard[0] not in records(out)]
-    command = [sys.executable, "-c", HOLDER, str(out / "work" / "claims"), *left]
+    command = [sys.executable, "-c", HOLDER, str(work_of(out) / "claims"), *left]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == f"{[True] * len(left)}\n"
@@ -174,7 +178,7 @@ def holder(unfinished: tuple[Path, Path]) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_the_rest_is_left_to_those_who_claimed_it(
+def test_the_rest_is_waited_for_and_taken_over(
     model: Path,
     unfinished: tuple[Path, Path],
     holder: subprocess.Popen[str],
@@ -182,16 +186,120 @@ def test_the_rest_is_left_to_those_who_claimed_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     texts, out = unfinished
-    assert run_encode(model, texts, out, *SHARDS) == 0
-    assert "is being encoded by 1 other process; the last one writes the manifest" in capsys.readouterr().out
+    process = start(model, texts, out, 1, *SHARDS)
+    assert process.stderr
+    assert "waiting for 1 other processes that encode" in process.stderr.readline()
     assert not (out / MANIFEST_NAME).exists()
     for options in ([], ["--overwrite"]):
         assert run_encode(model, texts, out, "--shard-bytes", "9", *options) == 2
         assert "1 processes write a corpus of other texts, options" in capsys.readouterr().err
     holder.kill()
     holder.wait()
-    assert run_encode(model, texts, out, *SHARDS) == 0
+    assert process.wait(60) == 0
     assert len(Manifest.load(out).shards("train")) == 5
+
+
+def test_a_corpus_that_is_replaced_stays_until_the_new_one_is_whole(
+    model: Path, many: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    texts, out = write_texts(tmp_path / "texts", files=6, words=50), tmp_path / "out"
+    assert run_encode(model, texts, out, *SHARDS) == 0
+    before = files_of(out)
+    process = start(model, many, out, 1, *SHARDS, "--overwrite")
+    wait_until(lambda: len(records(out)) > 5)
+    process.kill()
+    process.communicate()
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert run_encode(model, texts, out, *SHARDS) == 0  # it is still there
+    assert run_encode(model, many, out, *SHARDS, "--overwrite") == 0
+    assert files_of(out) == undisturbed
+
+
+@pytest.mark.parametrize("at", ["unlink", "replace"])
+def test_killed_while_finishing(
+    at: str, model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of replacing a corpus: the same command ends as if nothing had happened."""
+    out = tmp_path / "out"
+    assert run_encode(model, texts, out, "--shard-bytes", "3000") == 0
+    calls, real = [], getattr(folder.os, at)
+
+    def killed(*arguments: object, **options: object) -> None:
+        if Path(str(arguments[-1])).parent == out and "train-" in str(arguments[-1]):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+        real(*arguments, **options)
+
+    words = ["--shard-bytes", "9000", "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.os, at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(model, texts, out, *words)
+    assert not (out / MANIFEST_NAME).exists()
+    assert run_encode(model, texts, out, *words) == 0
+    assert run_encode(model, texts, tmp_path / "fresh", "--shard-bytes", "9000") == 0
+    assert files_of(out) == files_of(tmp_path / "fresh")
+
+
+def test_nothing_of_others_is_removed(
+    model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    (out / "work" / "thesis.tex").touch()
+    for name in ("train-000000.tar", "tokenizer.json"):
+        (out / name).write_text("mine")
+        assert run_encode(model, texts, out, "--overwrite") == 2
+        assert f"holds {name}, which belongs to no corpus there" in capsys.readouterr().err
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    own = out / "tokenizer.model"  # the tokenizer may lie where the corpus will
+    own.write_bytes(model.read_bytes())
+    assert run_encode(own, texts, out) == 0
+    assert run_encode(own, texts, out, "--shard-bytes", "3000", "--overwrite") == 0
+    assert own.read_bytes() == model.read_bytes()
+    assert (out / "work" / "thesis.tex").exists()
+
+
+def test_an_input_that_changes_while_it_is_read(
+    model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = write_texts(tmp_path / "own", files=4, words=50)
+    real = shards.encode_document
+
+    def slow(vocabulary: object, identifier: str, text: str, dtype: str) -> object:
+        if identifier == "text0002.txt":
+            (own / identifier).write_text(text[::-1])
+        return real(vocabulary, identifier, text, dtype)
+
+    monkeypatch.setattr(shards, "encode_document", slow)
+    assert run_encode(model, own, tmp_path / "out", *SHARDS, "--workers", "1") == 2
+    assert "text0002.txt was changed while it was being encoded" in capsys.readouterr().err
+
+
+def test_other_times_of_the_inputs_do_not_matter(
+    model: Path, unfinished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Machines may have copies of their own."""
+    texts, out = unfinished
+    kept = records(out)
+    for path in texts.iterdir():
+        os.utime(path, (1, 1))
+    assert run_encode(model, texts, out, *SHARDS) == 0
+    assert kept == {name: (out / name).stat().st_mtime_ns for name in kept}
+
+
+def test_a_claim_put_back_too_late_does_not_stay(tmp_path: Path) -> None:
+    first, second = Claims(tmp_path), Claims(tmp_path)
+    assert first.acquire("unit")
+    assert not second.acquire("unit")
+    os.rename(tmp_path / "unit", tmp_path / "aside")
+    first.release("unit")
+    os.link(tmp_path / "aside", tmp_path / "unit")
+    assert first.acquire("unit")
+    os.utime(tmp_path / "unit", (1, 1))
+    assert second.acquire("unit")  # nobody touches it
 
 
 def test_an_unfinished_folder_of_other_options_is_refused(
@@ -208,8 +316,8 @@ def test_an_unfinished_folder_of_other_options_is_refused(
 def test_claims_of_this_machine_and_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.01)
     mine = Claims(tmp_path)
-    foreign = json.dumps(["elsewhere pid:[1]", os.getpid(), "1"])
-    gone = json.dumps([claims.machine_name(), os.getpid(), "not its start"])
+    foreign = json.dumps(["elsewhere pid:[1]", os.getpid(), "1", "nonce"])
+    gone = json.dumps([claims.machine_name(), os.getpid(), "not its start", "nonce"])
     for name, content, age in (("a", foreign, 60), ("b", foreign, 180), ("c", gone, 0), ("d", "", 60), ("e", "", 180)):
         (tmp_path / name).write_text(content)
         now = (tmp_path / name).stat().st_mtime
@@ -225,7 +333,7 @@ def test_claims_of_this_machine_and_others(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_claim_that_was_renewed_meanwhile_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes find a stale claim; the slower one puts aside what the faster one has made."""
-    (tmp_path / "unit").write_text(json.dumps([claims.machine_name(), os.getpid(), "not its start"]))
+    (tmp_path / "unit").write_text(json.dumps([claims.machine_name(), os.getpid(), "not its start", "nonce"]))
     slow, fast = Claims(tmp_path), Claims(tmp_path)
     real, calls = os.rename, []
 

@@ -221,7 +221,6 @@ GOOD = jsonl("one", "two", "three" * 50_000)
         ("train/a.jsonl", GOOD[:-9], r"a\.jsonl is damaged at line 3 "),
         ("train/a.jsonl", GOOD + b"[1]\n", r"damaged at line 4 \(no text under 'text'\)"),
         ("train/a.jsonl", GOOD + b'{"text": "\xff"}\n', "damaged at line 4 "),
-        ("train/a.jsonl", jsonl("one", None), "damaged at line 2 "),
         ("train/a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-200], r"a\.jsonl\.gz is cut after line 2 "),
         ("train/a.jsonl.gz", gzip.compress(GOOD)[:-8] + b"\0" * 8, "damaged after line 3 .*CRC"),
         ("train/a.jsonl.gz", GOOD, "damaged after line 0 "),

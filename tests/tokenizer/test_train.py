@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,34 @@ def test_refusals(
     assert train.main(["--input", str(texts), "--output", str(output), *options]) == 2
     assert reason in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_an_output_that_cannot_be_written(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    output = tmp_path / "file" / "m.model"
+    assert train.main(["--input", str(texts), "--output", str(output), "--vocab-size", "560"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"tokenizer\.train: cannot read or write .*/file.* \(.*\); mend that, and .*\n", said)
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl"])
+def test_an_input_that_disappears(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = write_texts(tmp_path / "in", files=3, words=40)
+    (texts / name).write_text(json.dumps({"text": "a text"}) + "\n")
+
+    def find_and_delete(*arguments: object) -> object:
+        found = real(*arguments)
+        (texts / name).unlink()
+        return found
+
+    real = train.all_texts
+    monkeypatch.setattr(train, "all_texts", find_and_delete)
+    options = ["--vocab-size", "560", "--validation-fraction", "0"]
+    assert train.main(["--input", str(texts), "--output", str(tmp_path / "m"), *options]) == 2
+    said = capsys.readouterr().err
+    assert f"tokenizer.train: cannot read or write {texts / name} (No such file or directory)" in said
 
 
 def test_one_document_cannot_be_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

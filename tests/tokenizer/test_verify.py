@@ -18,6 +18,7 @@ from em_megatron.data.manifest import Manifest, file_sha256
 from em_megatron.data.vocabulary import Vocabulary
 from tests.data import made_tokenizers as made
 from tests.tokenizer.made_corpora import texts, write_corpus
+from tests.tokenizer.small_corpus import files_of, run_encode, write_texts
 from tokenizer import verify
 
 SHARDS = [texts("a", [3, 5]), texts("b", [2]), texts("c", [4, 4, 9])]
@@ -138,12 +139,42 @@ def test_every_bad_shard_is_named_by_processes_too(corpus: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.idx"])
+def test_the_advice_mends_a_shard(name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs, out = write_texts(tmp_path / "in", files=6, words=40), tmp_path / "out"
+    assert run_encode(model, inputs, out, "--shard-bytes", "500") == 0
+    written = files_of(out)
+    flip(out / name, 20)
+    kept = (out / "train-000000.tar").stat().st_mtime_ns
+    assert verify.main([str(out), "--workers", "1", "--quiet"]) == 1
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert "delete the .tar of each shard that is named and run the same tokenizer.encode command again" in summary
+    (out / "train-000001.tar").unlink()
+    assert run_encode(model, inputs, out, "--shard-bytes", "500") == 0
+    assert verify.main([str(out), "--workers", "1", "--quiet"]) == 0
+    assert files_of(out) == written
+    assert (out / "train-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_files_that_the_manifest_does_not_list(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for ending in ("tar", "idx"):
+        shutil.copyfile(corpus / f"train-000000.{ending}", corpus / f"train-000099.{ending}")
+    assert verify.main([str(corpus), "--workers", "1", "--quiet"]) == 1
+    first, second, summary = capsys.readouterr().out.splitlines()
+    assert first == "train-000099.idx: lies in the folder but not in the manifest; delete it"
+    assert second.startswith("train-000099.tar: ")
+    assert summary.endswith("2 FAULTS")
+    assert verify.main([str(corpus), "--workers", "1", "--quiet", "--split", "validation"]) == 0
+
+
 def test_another_tokenizer_is_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copyfile(
         made.sentencepiece_model(tmp_path / "m", **made.SENTENCEPIECE["dummy prefix"]), corpus / "tokenizer.model"
     )
     assert verify.main([str(corpus), "--workers", "1", "--quiet"]) == 1
-    assert "tokenizer: the corpus was encoded with another tokenizer" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tokenizer: the corpus was encoded with another tokenizer" in said
+    assert "delete" not in said  # no shard is at fault
 
 
 def test_text_bytes_of_a_tokenizer_that_is_not_lossless_are_not_compared(tmp_path: Path) -> None:
@@ -164,3 +195,5 @@ def test_refusals(arguments: list[str], reason: str, corpus: Path, capsys: pytes
     assert reason in capsys.readouterr().err
     assert verify.main([str(corpus / "none")]) == 2
     assert "tokenizer.verify: no corpus at" in capsys.readouterr().err
+    assert verify.main([str(corpus / "train-000000.tar")]) == 2
+    assert "tokenizer.verify: " in capsys.readouterr().err

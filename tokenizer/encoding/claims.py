@@ -2,7 +2,7 @@
 
 A claim is a hard link, which only one process can make, and which has its content from the first moment on. It is
 touched while it is held. It is stale when its process on this machine is gone, or when it was not touched for two
-minutes by the clock of the file system; then another process takes it over. Two processes may come to do one unit after
+minutes by the clock of the file system, also where its process lives; then another process takes it over. Two processes may come to do one unit after
 all (one was stopped for minutes and woke up): work must have the same result twice.
 """
 
@@ -18,8 +18,9 @@ BEAT_SECONDS = 20.0
 
 
 def machine_name() -> str:
-    """This machine and its process numbers: containers on one machine may count processes on their own."""
-    return f"{os.uname().nodename} {os.readlink('/proc/self/ns/pid')}"
+    """This machine, since its last start, and its process numbers: containers may count processes on their own."""
+    started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{os.uname().nodename} {started} {os.readlink('/proc/self/ns/pid')}"
 
 
 def start_time(pid: int) -> str | None:
@@ -36,7 +37,7 @@ class Claims:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.owner = [machine_name(), os.getpid(), start_time(os.getpid())]
+        self.owner = [machine_name(), os.getpid(), start_time(os.getpid()), os.urandom(4).hex()]
         self._held: set[str] = set()
         self._asked, self._ahead = float("-inf"), 0.0
         self._ended = threading.Event()
@@ -94,6 +95,8 @@ class Claims:
             os.link(made, path)
             return True
         except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                return path.read_bytes() == self._content()  # NFS may answer so to a request that it got twice
             return False
         finally:
             made.unlink(missing_ok=True)
@@ -106,11 +109,13 @@ class Claims:
         except FileNotFoundError:
             return None
         try:
-            machine, pid, started = json.loads(content)
+            machine, pid, started, _ = json.loads(content)
         except (ValueError, TypeError):
             machine, pid, started = None, 0, None  # not written by this program
-        if machine == self.owner[0]:
-            return content if start_time(pid) == started else None
+        if machine == self.owner[0] and start_time(pid) != started:
+            return None
+        if content == self._content() and path.name not in self._held:
+            return None  # of this process, given up, and put back by one that was slow to take it over
         return content if self._now() - modified < STALE_SECONDS else None
 
     def _put_aside(self, path: Path) -> bool:

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from em_megatron.data.manifest import MANIFEST_NAME, DataError, Manifest
+from em_megatron.data.manifest import DataError, Manifest
 from em_megatron.data.vocabulary import Vocabulary
 from tokenizer.corpus import InputFile, Selection
 from tokenizer.encoding.claims import Claims
-from tokenizer.encoding.folder import POLL_SECONDS, Job, finish
+from tokenizer.encoding.folder import Job, finish, holds
 from tokenizer.encoding.plan import Plan, ShardPlan, load_plan, make_plan, save_plan
 from tokenizer.encoding.processes import Board, Workers, work_off
 from tokenizer.encoding.scan import groups_of, save_scan, scan_files, scan_name, stamp_of
@@ -24,6 +24,7 @@ from tokenizer.encoding.split import left_out_lines
 from tokenizer.readers.files import Layout
 
 SCAN_SUFFIX = ".npz"
+WAIT_SECONDS = 1.0  # between two looks at what other processes do
 PLAN_UNIT = "plan"
 
 
@@ -53,25 +54,25 @@ def scan(task: ScanTask) -> None:
     save_scan(task.path, scan_files(task.files, task.layout))
 
 
-def make_corpus(request: Request, claims: Claims) -> Manifest | None:
-    """Does what is left and nobody else does; the manifest, or None where other processes still encode.
+def make_corpus(request: Request, claims: Claims) -> Manifest:
+    """Does what is left and nobody else does, waits for the others and takes over from those that die; the manifest.
 
     Raises DataError for what cannot be read, encoded or written.
     """
     job = request.job
     try:
         with Workers(request.workers) as workers:
-            scans = scan_inputs(request, claims, workers)
-            plan = agree_on_plan(request, claims, scans)
+            plan = load_plan(job.work / "plan") or agree_on_plan(request, claims, scan_inputs(request, claims, workers))
             for line in left_out_lines(plan.counts):
                 print(f"tokenizer.encode: warning: {line}", file=sys.stderr)
-            if not encode_shards(request, claims, workers, plan):
-                return None
+            encode_shards(request, claims, workers, plan)
         return finish(job, plan, request.vocabulary)
     except FileNotFoundError:
-        if not (job.output / MANIFEST_NAME).exists():
+        if job.work.exists():
             raise
-        return Manifest.load(job.output)  # another process has finished it meanwhile
+        if not holds(job):
+            raise DataError(f"{job.output} was given to another corpus meanwhile; choose another --output") from None
+        return Manifest.load(job.output)  # another process has finished it
 
 
 @contextmanager
@@ -107,7 +108,7 @@ def scan_inputs(request: Request, claims: Claims, workers: Workers) -> list[Path
                     file=sys.stderr,
                 )
                 told = True
-            time.sleep(POLL_SECONDS)
+            time.sleep(WAIT_SECONDS)
     return [folder / (name + SCAN_SUFFIX) for name in groups]
 
 
@@ -123,29 +124,29 @@ def agree_on_plan(request: Request, claims: Claims, scans: list[Path]) -> Plan:
                 save_plan(folder, *made)
             claims.release(PLAN_UNIT)
         else:
-            time.sleep(POLL_SECONDS)
+            time.sleep(WAIT_SECONDS)
     return plan
 
 
-def encode_shards(request: Request, claims: Claims, workers: Workers, plan: Plan) -> bool:
-    """Encodes the shards that nobody has encoded or encodes; whether all are there then."""
+def encode_shards(request: Request, claims: Claims, workers: Workers, plan: Plan) -> None:
+    """Encodes the shards that nobody has encoded or encodes, and waits until all are there."""
     job = request.job
     shards = {shard.name: shard for shard in plan.shards}
     board = Board(tuple(shards), job.work / "shards", RECORD_SUFFIX)
     done = plan.text_bytes - sum(shards[name].text_bytes for name in board.left())
+    told = False
     with bar(workers, "encode", plan.text_bytes, done, request.quiet):
         while left := work_off(
             board, claims, workers, encode_shard, lambda name: shard_task(request, plan, shards[name])
         ):
-            owners = claims.owners()
-            if all(name in owners for name in left):
-                others = len({owners[name] for name in left})
+            if not told and (owners := claims.owners()):
                 print(
-                    f"{job.output}: the rest ({len(left)} of {len(shards)} shards) is being encoded by {others} other "
-                    f"process{'es' if others > 1 else ''}; the last one writes the manifest"
+                    f"tokenizer.encode: waiting for {len(set(owners.values()))} other processes that encode {len(left)} of "
+                    f"{len(shards)} shards",
+                    file=sys.stderr,
                 )
-                return False
-    return True
+                told = True
+            time.sleep(WAIT_SECONDS)
 
 
 def shard_task(request: Request, plan: Plan, shard: ShardPlan) -> ShardTask:
@@ -156,8 +157,8 @@ def shard_task(request: Request, plan: Plan, shard: ShardPlan) -> ShardTask:
     for number in range(first_file, len(job.files)):
         if firsts[number] >= shard.stop:
             break
-        parts.append(Part(job.files[number], plan.stamps[number], firsts[number], firsts[number + 1]))
-    return ShardTask(
-        job.output, job.work / "plan", job.work / "shards", request.vocabulary.path, job.dtype, request.layout, shard,
-        tuple(parts),
-    )  # fmt: skip
+        file = job.files[number], plan.stamps[number], plan.sha256[number]
+        parts.append(Part(*file, firsts[number], firsts[number + 1]))
+    made, planned, records = (job.work / name for name in ("made", "plan", "shards"))
+    tokenizer = job.work / request.vocabulary.file_name
+    return ShardTask(made, planned, records, tokenizer, job.dtype, request.layout, shard, tuple(parts))

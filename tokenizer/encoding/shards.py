@@ -6,13 +6,14 @@ WORK/shards/NAME.json is the record, written last: the shard's entry in the mani
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from em_megatron.data.index import index_bytes, index_name
-from em_megatron.data.manifest import DataError, Shard
+from em_megatron.data.manifest import DataError, Shard, file_sha256
 from em_megatron.data.vocabulary import Vocabulary
 from em_megatron.data.writing import EncodedDocument, write_shard
 from tokenizer.atomic import open_atomically
@@ -28,10 +29,11 @@ RECORD_SUFFIX = ".json"
 
 
 class Part(NamedTuple):
-    """A file that documents of a shard lie in. first, stop: numbers of its own documents in the corpus."""
+    """A file that documents of a shard lie in, as it was read before. first, stop: numbers of its documents in the corpus."""
 
     file: InputFile
     stamp: Stamp
+    sha256: str
     first: int
     stop: int
 
@@ -39,7 +41,7 @@ class Part(NamedTuple):
 class ShardTask(NamedTuple):
     """What a worker needs to encode one shard."""
 
-    output: Path
+    made: Path
     plan_folder: Path
     records: Path
     model: Path
@@ -67,12 +69,12 @@ def encode_shard(task: ShardTask) -> None:
     """
     plan = task.shard
     try:
-        shard = write_shard(task.output, plan.name, documents_of(task), task.dtype)
+        shard = write_shard(task.made, plan.name, documents_of(task), task.dtype)
     except OSError as error:
         if not task.records.exists():
-            raise  # another process has finished the corpus meanwhile
+            raise  # the work folder is gone: another process has finished the corpus, or replaced it
         raise DataError(
-            f"shard {plan.name} cannot be written to {task.output} ({error.strerror or error}); mend that, and run the "
+            f"shard {plan.name} cannot be written to {task.made.parent.parent} ({error.strerror or error}); mend that, and run the "
             "same command again to go on"
         ) from None
     if shard is None or (shard.documents, shard.text_bytes) != (plan.documents, plan.text_bytes):
@@ -94,12 +96,27 @@ def documents_of(task: ShardTask) -> Iterator[EncodedDocument]:
         if not wanted.any():
             continue
         with naming(part.file):
-            if stamp_of(part.file) != part.stamp:
-                raise DataError(f"{part.file.path} was changed while it was being encoded; run again with --overwrite")
+            stamp = stamp_of(part.file)
+            if not _is_same(part, stamp):
+                raise _changed(part)
             for entry in read_documents(part.file.path, task.layout, start, wanted):
                 yield encode_document(
                     vocabulary, document_id(part.file, task.layout, entry), entry.text or "", task.dtype
                 )
+            if stamp_of(part.file) != stamp:
+                raise _changed(part)
+
+
+@lru_cache(maxsize=1024)
+def _is_same(part: Part, stamp: Stamp) -> bool:
+    """Whether a file is the one that was read before; one with another time is compared by content, once."""
+    if stamp == part.stamp:
+        return True
+    return stamp[:2] == part.stamp[:2] and file_sha256(part.file.path) == part.sha256
+
+
+def _changed(part: Part) -> DataError:
+    return DataError(f"{part.file.path} was changed while it was being encoded; run again with --overwrite")
 
 
 def encode_document(vocabulary: Vocabulary, identifier: str, text: str, dtype: str) -> EncodedDocument:
@@ -129,10 +146,13 @@ def load_record(records: Path, name: str) -> Shard:
         raise DataError(f"{path} is damaged ({error}); delete it, and run the command again") from None
 
 
-def is_whole(folder: Path, shard: Shard) -> bool:
-    """Whether the files of a shard have their sizes."""
+def is_whole(folder: Path, shard: Shard, first: Path | None = None) -> bool:
+    """Whether the files of a shard have their sizes. first: where a file of it may also lie, on its way to `folder`."""
     sizes = {shard.name: shard.file_bytes, index_name(shard.name): index_bytes(shard.documents)}
     try:
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return all(
+            (first / name if first and (first / name).exists() else folder / name).stat().st_size == size
+            for name, size in sizes.items()
+        )
     except FileNotFoundError:
         return False

@@ -1,1 +1,1 @@
-"""Readers of text files: plain text, jsonl (plain, gzip, zstandard) and parquet; `files.read_documents` chooses one."""
+"""Readers of text files: plain text, json lines (plain, gzip, zstandard) and parquet; `files.read_documents` chooses one."""

@@ -7,6 +7,12 @@ from typing import Any, NamedTuple
 from em_megatron.data.manifest import DataError
 
 MEND = "put a whole copy in its place (delete a fetched one, and run the command again)"
+TEXT_MEND = "name a column of strings with --text-column"
+ID_MEND = "name a column of strings or integers with --id-column"
+
+
+class ColumnError(ValueError):
+    """A column that holds no texts or no ids: the end of a sentence that says what it holds and how to mend it."""
 
 
 class Position(NamedTuple):
@@ -28,7 +34,7 @@ class Columns(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A document of a file. text: None where a parquet row has none. id: None where the row says none."""
+    """A document of a file. text: None where the row has null. id: None where the row says none."""
 
     position: Position
     text: str | None
@@ -38,14 +44,33 @@ class Entry(NamedTuple):
 FIRST = Position()
 
 
-def id_of(value: object) -> str | None:
-    """A row's id as a string; None for what is neither a number nor a string with something in it.
+def text_of(value: object, column: str) -> str | None:
+    """A row's text; None for null. Raises ColumnError for what is no string."""
+    if value is None or isinstance(value, str):
+        return value
+    raise wrong_type(column, type(value).__name__, TEXT_MEND)
 
-    Half of a surrogate pair, which JSON can hold, becomes a question mark.
+
+def id_of(value: object, column: str) -> str | None:
+    """A row's id as a string; None for null and for an empty string. The id of 1.0 is that of 1.
+
+    Half of a surrogate pair, which JSON can hold, becomes a question mark. Raises ColumnError for what is neither a
+    string nor a whole number.
     """
-    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+    if value is None or value == "":
         return None
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ColumnError(f"column {column} holds {value}; {ID_MEND}")
+        value = int(value)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise wrong_type(column, type(value).__name__, ID_MEND)
     return str(value).encode("utf-8", "replace").decode()
+
+
+def wrong_type(column: str, kind: object, mend: str) -> ColumnError:
+    """Says of which type a column is."""
+    return ColumnError(f"column {column} is of type {kind}; {mend}")
 
 
 def optional_module(name: str, path: Path) -> Any:

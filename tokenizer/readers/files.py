@@ -12,12 +12,15 @@ from tokenizer.readers.jsonl import read_jsonl
 from tokenizer.readers.parquet import read_parquet
 from tokenizer.readers.text import read_text
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 SUFFIXES = (".txt", *JSONL_SUFFIXES, ".parquet")
 
 
 class Layout(NamedTuple):
-    """How documents lie in files: the separator of text files (None: a file is one document), names of columns."""
+    """How documents lie in files: the separator of text files (None: a file is one document), names of columns.
+
+    Documents of jsonl and parquet files are not cut at the separator.
+    """
 
     separator: str | None = None
     columns: Columns = Columns()

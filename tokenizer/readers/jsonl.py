@@ -1,4 +1,4 @@
-"""Documents of .jsonl, .jsonl.gz and .jsonl.zst files: one in every line that is not blank."""
+"""Documents of json lines, plain (.jsonl) or packed (.jsonl.gz, .json.zst, ...): one in every line that is not blank."""
 
 import json
 import zlib
@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from em_megatron.data.manifest import DataError
-from tokenizer.readers.entry import FIRST, MEND, Columns, Entry, Position, id_of
-from tokenizer.readers.streams import chunks_of, pieces_between
+from tokenizer.readers.entry import FIRST, MEND, ColumnError, Columns, Entry, Position, id_of, text_of
+from tokenizer.readers.streams import chunks_of, pieces_between, without_mark
 
 
 def read_jsonl(
@@ -19,21 +19,24 @@ def read_jsonl(
     """The documents from `start` on; of as many as `wanted` has entries, those where it is true. Others are not parsed.
 
     Raises DataError that names the line (where reading began behind the first one, the offset) where the file is cut,
-    damaged, or holds no text under `columns.text`.
+    damaged, or holds no text under `columns.text`; OSError for one that is not there or may not be read.
     """
     line_number, row, place = 0, 0, start.place
     try:
         for line in pieces_between(chunks_of(path, start.place), b"\n"):
             line_number += 1
-            if line.strip():
+            content = without_mark(line, place)
+            if content.strip():
                 if wanted is None or wanted[row]:
-                    yield Entry(Position(start.row + row, place), *values_in(line, columns))
+                    yield Entry(Position(start.row + row, place), *values_in(content, columns))
                 row += 1
                 if wanted is not None and row == len(wanted):
                     return
             place += len(line) + 1
-    except DataError:
+    except (DataError, FileNotFoundError, PermissionError):
         raise
+    except ColumnError as error:
+        raise DataError(f"{path}: {told(line_number, place, start)}: {error}") from None
     except EOFError as error:
         raise DataError(f"{path} is cut after {told(line_number, place, start)} ({error}); {MEND}") from None
     except (OSError, zlib.error) as error:
@@ -47,10 +50,9 @@ def told(line_number: int, place: int, start: Position) -> str:
     return f"line {line_number}" if start.place == 0 else f"offset {place}"
 
 
-def values_in(line: bytes, columns: Columns) -> tuple[str, str | None]:
-    """The text and the id in a line of JSON. Raises ValueError where there is no text."""
+def values_in(line: bytes, columns: Columns) -> tuple[str | None, str | None]:
+    """The text and the id in a line of JSON. Raises ValueError where there is no text, or where one is of another type."""
     entry = json.loads(line.decode("utf-8"))
-    text = entry.get(columns.text) if isinstance(entry, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(entry, dict) or columns.text not in entry:
         raise ValueError(f"no text under {columns.text!r}")
-    return text, id_of(entry.get(columns.id))
+    return text_of(entry[columns.text], columns.text), id_of(entry.get(columns.id), columns.id)

@@ -1,5 +1,6 @@
 """The bytes of plain, gzip and zstandard files from any place on, and the pieces between separators."""
 
+import codecs
 import gzip
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -54,6 +55,11 @@ def zstandard_chunks(path: Path) -> Iterator[bytes]:
         raise OSError(str(error)) from None
     if frame is not None:
         raise EOFError("the last frame is cut")
+
+
+def without_mark(piece: bytes, place: int) -> bytes:
+    """What lies at `place` of a file, at its beginning without the byte-order mark of UTF-8."""
+    return piece.removeprefix(codecs.BOM_UTF8) if place == 0 else piece
 
 
 def pieces_between(chunks: Iterable[bytes], separator: bytes) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from em_megatron.data.manifest import DataError
 from tokenizer.readers.entry import FIRST, Entry, Position
-from tokenizer.readers.streams import chunks_of, pieces_between
+from tokenizer.readers.streams import chunks_of, pieces_between, without_mark
 
 
 def read_text(
@@ -35,11 +35,16 @@ def whole(path: Path, wanted: NDArray[np.bool_] | None) -> Iterator[bytes]:
 
 
 def decoded(content: bytes, path: Path, place: int) -> str:
-    """The text in the bytes at `place`. Raises DataError that names the offset where they are not UTF-8."""
+    """The text in the bytes at `place`, without a byte-order mark at the beginning of the file.
+
+    Raises DataError that names the offset where they are not UTF-8.
+    """
+    text = without_mark(content, place)
     try:
-        return content.decode("utf-8")
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
+        offset = place + len(content) - len(text) + error.start
         raise DataError(
-            f"{path} is not UTF-8 at offset {place + error.start} (byte 0x{content[error.start]:02x}); convert the file "
+            f"{path} is not UTF-8 at offset {offset} (byte 0x{text[error.start]:02x}); convert the file "
             "(for example with iconv) or leave it out"
         ) from None
