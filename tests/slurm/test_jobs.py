@@ -73,7 +73,7 @@ def test_usr1_saves_queues_again_and_resumes_exactly(box: SlurmBox, corpus, undi
 @pytest.mark.slow
 def test_slurm_itself_sends_the_signal_before_the_time_limit(box: SlurmBox, corpus, tmp_path):
     """With a limit of two minutes and a signal one minute before: some 36 seconds after the start, as Slurm rounds."""
-    output, run, steps = tmp_path / "job.out", tmp_path / "limited", 900
+    output, run, steps = tmp_path / "job.out", tmp_path / "limited", 2400
     arguments = overrides(corpus, tmp_path, "limited", steps, save_interval=1000)
     options = ["--nodes=2", "--gpus-per-node=0", "--time=2", "--signal=B:USR1@60", f"--output={output}"]
     number = box.sbatch(*options, "slurm/pretrain_1b.sh", *arguments, "validation.interval=0", **environment())
