@@ -34,16 +34,15 @@ def draw_lengths(
     """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
 
     bins = edges(min(int(v[0]) for v, _ in histograms.values()), max(int(v[-1]) for v, _ in histograms.values()))
-    short = EngFormatter(places=1)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 5.4), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         for (split, (values, counts)), colour in zip(histograms.items(), COLOURS * len(histograms), strict=False):
-            _steps(upper, bins, values, counts, colour, f"{split}: {short(counts.sum())} documents")
-            _steps(lower, bins, values, counts * values, colour, f"{split}: {short(counts @ values)} tokens")
+            _steps(upper, bins, values, counts, colour, f"{split}: {counts.sum():,} documents")
+            _steps(lower, bins, values, counts * values, colour, f"{split}: {counts @ values:,} tokens")
         upper.set(title="Documents by length", ylabel="share of documents")
         lower.set(title="Tokens by length of their document", ylabel="share of tokens", xscale="log")
         lower.set_xlabel("length of the document (tokens, logarithmic)")
