@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,15 @@ class SampleCounts:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        if self.path is None:
+        with ExitStack() as held:
+            try:
+                if self.path is not None:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locked(self.path.with_suffix(".lock")))
+            except OSError as error:
+                log.warning("the sample counts of the data are not kept (%s); every start counts again", error)
+                self.path = None
             yield
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.path.with_suffix(".lock"))
-            lock.__enter__()
-        except OSError as error:
-            log.warning("the sample counts of the data are not kept (%s); every start counts again", error)
-            self.path = None
-            yield
-            return
-        try:
-            yield
-        finally:
-            lock.__exit__(None, None, None)
 
     def _look_again(self) -> None:
         found = self._read()

@@ -15,6 +15,7 @@ and get the same samples.
 
 import logging
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -215,7 +216,7 @@ class TokenStream:
         with self._count_lock:
             while firsts[-1] <= n:
                 firsts.append(firsts[-1] + self._counts.get(len(firsts) - 1, self._count))
-        number = int(np.searchsorted(firsts, n, side="right")) - 1
+        number = bisect_right(firsts, n) - 1
         return number, n - firsts[number]
 
     def _count(self, number: int) -> int:

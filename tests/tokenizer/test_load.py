@@ -2,7 +2,7 @@
 
     pytest -m slow tests/tokenizer/test_load.py -s
 
-prints sizes and rates.
+prints sizes, rates, and how full samples are.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def test_200_megabytes_are_encoded_and_streamed_twice_alike(tmp_path: Path) -> N
     options = ("--tokenizer", model, "--output", corpus, "--workers", 2, "--shard-bytes", SHARD_BYTES)
     encoded = command("tokenizer.encode", *common, *options, "--quiet")
     verified = command("tokenizer.verify", corpus, "--workers", 2)
-    command("tokenizer.statistics", corpus, "--sequence-length", T, "--block-length", L, "--quiet")
+    for length, block in ((1024, 128), (T, L), (32768, 2048), (32768, 512)):
+        print(f"T = {length}, L = {block}", flush=True)
+        command("tokenizer.statistics", corpus, "--sequence-length", length, "--block-length", block, "--quiet")
 
     manifest = Manifest.load(corpus)
     kept = manifest.text_bytes("train") + manifest.text_bytes("validation")

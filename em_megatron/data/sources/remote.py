@@ -1,5 +1,6 @@
 """A corpus behind an address: its files are fetched into a cache on this machine, whatever happens on the way."""
 
+import errno
 import logging
 import os
 from contextlib import ExitStack
@@ -50,6 +51,8 @@ class RemoteSource(Source):
                 if not self._cache.has(target, size, verify) and not self._cache.compare(target, size, sha256):
                     self._fetch(name, size, sha256, target)
         except OSError as error:
+            if error.errno == errno.EMFILE:  # nothing is wrong with the disk
+                raise
             raise self._cannot_store(name, error) from None
         return target
 
